@@ -1,0 +1,68 @@
+"""Feed-forward experts over ragged groups of rows: two grouped GEMMs, the same call on the CPU and on CUDA."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def grouped_mlp(
+    rows_ND: Tensor,
+    weights_N: Tensor,
+    fc1_LGD: Tensor,
+    fc2_LDF: Tensor,
+    rows_per_expert_L: Sequence[int] | Tensor,
+    *,
+    activation: Callable[[Tensor], Tensor] = F.silu,
+    gated: bool = True,
+) -> Tensor:
+    """Apply each expert to its rows and multiply by the row's weight.
+
+    y = fc2 (act(fc1 x) * w): the weight is applied between the two GEMMs, on the narrower tensor and in float32, as
+    megatron-core does (experts.py, ``permuted_probs``).
+
+    Args:
+        rows_ND: rows ordered by expert.
+        weights_N: the weight of each row, float32.
+        fc1_LGD: first weight of each expert; G is 2F (gate rows, then up rows) if ``gated``, else F.
+        fc2_LDF: second weight of each expert.
+        rows_per_expert_L: how many rows each expert has; they sum to N; any may be 0.
+
+    Returns:
+        [N, D] in the dtype of ``rows_ND``.
+    """
+    ends_L = (
+        torch.as_tensor(rows_per_expert_L).cumsum(0).to(device=rows_ND.device, dtype=torch.int32, non_blocking=True)
+    )
+    hidden = _grouped_linear(rows_ND, fc1_LGD, ends_L)
+    if gated:
+        gate, up = hidden.chunk(2, dim=-1)
+        hidden = activation(gate) * up
+    else:
+        hidden = activation(hidden)
+    hidden = (hidden * weights_N.unsqueeze(-1)).to(rows_ND.dtype)
+    return _grouped_linear(hidden, fc2_LDF, ends_L)
+
+
+def _grouped_linear(rows_NI: Tensor, weight_LOI: Tensor, ends_L: Tensor) -> Tensor:
+    if rows_NI.shape[0] == 0:
+        # No GEMM to launch, but the weights stay in the graph: they get a zero gradient, which the reduction of
+        # gradients across ranks waits for.
+        return rows_NI.new_zeros(0, weight_LOI.shape[1]) + weight_LOI.sum() * 0 + rows_NI.sum() * 0
+    out = F.grouped_mm(rows_NI, weight_LOI.transpose(1, 2), offs=ends_L)
+    return _ContiguousGrad.apply(out)
+
+
+class _ContiguousGrad(torch.autograd.Function):
+    """Identity whose gradient is contiguous: the backward of grouped_mm refuses expanded gradients (a sum's)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return grad.contiguous()

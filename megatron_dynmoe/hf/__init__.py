@@ -1,0 +1,20 @@
+"""Hugging Face side: the model (`trust_remote_code`), and the export of megatron's distributed checkpoints to it."""
+
+from importlib import import_module
+
+# Resolved on first use: transformers takes seconds to import, and the export itself does without it.
+_HOMES = {
+    "DynMoEHFConfig": "configuration_dynmoe",
+    "DynMoEModel": "modeling_dynmoe",
+    "DynMoEForCausalLM": "modeling_dynmoe",
+    "export": "export",
+    "ExportError": "checkpoint",
+}
+
+__all__ = list(_HOMES)
+
+
+def __getattr__(name):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)

@@ -1,0 +1,88 @@
+"""Configuration of the Hugging Face DynMoE model.
+
+This file and `modeling_dynmoe.py` are copied beside exported weights and loaded from there with `trust_remote_code`, so
+they import nothing but torch and transformers (5.x).
+"""
+
+# ruff: noqa: RUF012  (transformers reads these class attributes as they are)
+
+from transformers.models.llama.configuration_llama import LlamaConfig
+
+ROUTER_RULES = ("top-p", "top-k")
+
+
+class DynMoEHFConfig(LlamaConfig):
+    """A LLaMA decoder in which some layers hold a mixture of experts with a variable number of experts per token.
+
+    LLaMA's own fields (`hidden_size`, `num_key_value_heads`, `rope_parameters`, `tie_word_embeddings`, ...) keep their
+    meaning; `intermediate_size` is the width of the dense layers. The fields of the mixture:
+
+    - `moe_layers`: one 0 or 1 per layer, 1 where the feed-forward network is a mixture (None: every layer).
+    - `num_experts`, `moe_intermediate_size`: experts per mixture and their width.
+    - `router_rule`: "top-p" keeps the most probable experts while the probability *before* an expert is at most
+      `top_p_threshold` (in [0, 1]; 0 keeps one expert, 1 keeps all); "top-k" keeps `num_experts_per_tok`.
+    - `max_experts_per_token`: keeps at most that many of the chosen, the most probable ones (None: no cap).
+    - `normalize_router_weights`: whether the weights of the kept experts are divided by their sum.
+    - `shared_expert_intermediate_size`: width of an expert that every token passes (0: none), and `shared_expert_gate`:
+      whether its output is scaled by a learned sigmoid per token.
+
+    Raises ValueError, naming the field, for a value that no model can have.
+    """
+
+    model_type = "dynmoe"
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+    }
+
+    moe_layers: list[int] | None = None
+    num_experts: int = 16
+    moe_intermediate_size: int | None = None
+    router_rule: str = "top-p"
+    top_p_threshold: float = 0.4
+    num_experts_per_tok: int = 2
+    max_experts_per_token: int | None = None
+    normalize_router_weights: bool = False
+    shared_expert_intermediate_size: int = 0
+    shared_expert_gate: bool = False
+
+    def __post_init__(self, **kwargs):
+        if self.moe_layers is None:
+            self.moe_layers = [1] * self.num_hidden_layers
+        if self.moe_intermediate_size is None:
+            self.moe_intermediate_size = self.intermediate_size
+        super().__post_init__(**kwargs)
+        self.validate_architecture()
+
+    def validate_architecture(self):
+        """Replaces LLaMA's check: `head_dim` may be independent of `hidden_size` here, and the mixture has its own."""
+        checks = [
+            (
+                "num_key_value_heads",
+                self.num_attention_heads % self.num_key_value_heads == 0,
+                "a divisor of num_attention_heads",
+            ),
+            ("head_dim", self.head_dim % 2 == 0, "an even number"),
+            (
+                "moe_layers",
+                len(self.moe_layers) == self.num_hidden_layers and set(self.moe_layers) <= {0, 1},
+                f"a list of {self.num_hidden_layers} zeros and ones",
+            ),
+            ("num_experts", self.num_experts >= 1, "at least 1"),
+            ("router_rule", self.router_rule in ROUTER_RULES, f"one of {', '.join(ROUTER_RULES)}"),
+            ("top_p_threshold", 0.0 <= self.top_p_threshold <= 1.0, "in [0, 1]"),
+            ("num_experts_per_tok", self.num_experts_per_tok >= 1, "at least 1"),
+            (
+                "max_experts_per_token",
+                self.max_experts_per_token is None or self.max_experts_per_token >= 1,
+                "None or at least 1",
+            ),
+        ]
+        for field, valid, accepted in checks:
+            if not valid:
+                raise ValueError(f"{field} is {getattr(self, field)!r}; it must be {accepted}.")
+
+
+__all__ = ["DynMoEHFConfig"]

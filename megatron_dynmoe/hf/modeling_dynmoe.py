@@ -1,0 +1,249 @@
+"""Hugging Face model of a LLaMA decoder with a variable number of experts per token.
+
+Attention, rotary embedding, norms, masks and caches are those of transformers' own LLaMA; this file adds the router and
+the experts. Shape letters: `T` tokens of the batch, `D` hidden size, `E` experts, `N` routed (token, expert) pairs.
+
+The decision which experts a token gets is made in float32 whatever the model's dtype: in bfloat16 the probabilities
+near a threshold round to the other side, and a token gets another set of experts than it was trained with.
+"""
+
+# ruff: noqa: RUF012  (transformers reads these class attributes as they are)
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaForCausalLM,
+    LlamaModel,
+    LlamaPreTrainedModel,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+)
+from transformers.utils import can_return_tuple
+from transformers.utils.output_capturing import OutputRecorder
+
+from .configuration_dynmoe import DynMoEHFConfig
+
+
+def select_experts(probs_TE, config):
+    """Chooses experts per token from router probabilities.
+
+    Args:
+        probs_TE: float32 softmax probabilities.
+        config: `router_rule` with `top_p_threshold` or `num_experts_per_tok`, `max_experts_per_token`,
+            `normalize_router_weights`.
+
+    Returns:
+        (weights_TE float32, map_TE bool). Weights are the kept probabilities and zero elsewhere. Every row of the map
+        holds at least one expert; equally probable experts are kept in the order of their index.
+    """
+    sorted_TE, order_TE = probs_TE.sort(dim=-1, descending=True, stable=True)
+    rank_E = torch.arange(probs_TE.shape[-1], device=probs_TE.device)
+    if config.router_rule == "top-k":
+        keep_TE = (rank_E < config.num_experts_per_tok).expand_as(sorted_TE)
+    else:
+        # The sum *before* each rank, shifted and not subtracted: subtraction would round at the threshold.
+        before_TE = F.pad(sorted_TE.cumsum(dim=-1)[..., :-1], (1, 0))
+        # A float32 sum can exceed one by its rounding, and p = 1 keeps all experts.
+        keep_TE = before_TE.clamp(max=1.0) <= config.top_p_threshold
+    if config.max_experts_per_token is not None:
+        keep_TE = keep_TE & (rank_E < config.max_experts_per_token)
+    map_TE = torch.zeros_like(keep_TE).scatter(-1, order_TE, keep_TE)
+    weights_TE = probs_TE * map_TE
+    if config.normalize_router_weights:
+        weights_TE = weights_TE / weights_TE.sum(dim=-1, keepdim=True)
+    return weights_TE, map_TE
+
+
+class DynMoERouter(nn.Module):
+    """Linear softmax gate and selection rule, in float32: hidden [T, D] -> logits, weights and map, each [T, E]."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+
+    def forward(self, x_TD):
+        # Autocast would compute the product in its own dtype.
+        with torch.autocast(device_type=x_TD.device.type, enabled=False):
+            logits_TE = F.linear(x_TD.float(), self.weight.float())
+            weights_TE, map_TE = select_experts(logits_TE.softmax(dim=-1), self.config)
+        return logits_TE, weights_TE, map_TE
+
+
+class DynMoEMLP(nn.Module):
+    """SwiGLU feed-forward network of a given width: a dense layer, one expert or the shared expert."""
+
+    def __init__(self, config, intermediate_size):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DynMoESparseMLP(nn.Module):
+    """Mixture of experts: sum over the chosen experts of weight times expert output, plus the shared expert.
+
+    Hidden states of any leading shape [..., D] come out in the same shape and dtype; the sum is accumulated in float32.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.router = DynMoERouter(config)
+        self.experts = nn.ModuleList(DynMoEMLP(config, config.moe_intermediate_size) for _ in range(config.num_experts))
+        width = config.shared_expert_intermediate_size
+        gated = width and config.shared_expert_gate
+        self.shared_expert = DynMoEMLP(config, width) if width else None
+        self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False) if gated else None
+
+    def forward(self, hidden_states):
+        x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
+        _, weights_TE, map_TE = self.router(x_TD)
+        out_TD = self.routed(x_TD, weights_TE, map_TE).to(x_TD.dtype)
+        if self.shared_expert is not None:
+            out_TD = out_TD + self.shared(x_TD)
+        return out_TD.view_as(hidden_states)
+
+    def routed(self, x_TD, weights_TE, map_TE):
+        """The routed experts' weighted sum [T, D] in float32; each expert runs once, on exactly its tokens."""
+        # Sorted by expert, so that one synchronisation with the device gives every expert its rows.
+        expert_N, token_N = map_TE.T.nonzero(as_tuple=True)
+        weight_N = weights_TE[token_N, expert_N].unsqueeze(-1)
+        counts_E = map_TE.sum(dim=0).tolist()
+        out_TD = torch.zeros_like(x_TD, dtype=torch.float32)
+        for expert, token, weight in zip(self.experts, token_N.split(counts_E), weight_N.split(counts_E), strict=True):
+            if len(token):
+                out_TD.index_add_(0, token, weight * expert(x_TD[token]).float())
+        return out_TD
+
+    def shared(self, x_TD):
+        """Output [T, D] of the expert that every token passes."""
+        out_TD = self.shared_expert(x_TD)
+        return out_TD if self.shared_expert_gate is None else out_TD * self.shared_expert_gate(x_TD).sigmoid()
+
+
+class DynMoEDecoderLayer(LlamaDecoderLayer):
+    """LLaMA's layer (its forward is inherited) with a mixture of experts where `config.moe_layers` says so."""
+
+    def __init__(self, config, layer_idx):
+        nn.Module.__init__(self)  # LLaMA's constructor would build a dense network for every layer
+        self.hidden_size = config.hidden_size
+        self.self_attn = LlamaAttention(config=config, layer_idx=layer_idx)
+        sparse = config.moe_layers[layer_idx]
+        self.mlp = DynMoESparseMLP(config) if sparse else DynMoEMLP(config, config.intermediate_size)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+
+class DynMoEPreTrainedModel(LlamaPreTrainedModel):
+    """Weight initialisation, precision and recordable outputs of the family."""
+
+    config_class = DynMoEHFConfig
+    _no_split_modules = ["DynMoEDecoderLayer"]
+    _keep_in_fp32_modules_strict = {"router"}
+    # The number of rows of an expert depends on the data.
+    _can_compile_fullgraph = False
+    _can_record_outputs = {
+        "hidden_states": LlamaDecoderLayer,
+        "attentions": LlamaAttention,
+        "router_logits": OutputRecorder(DynMoERouter, index=0),
+        "routing_map": OutputRecorder(DynMoERouter, index=2),
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, DynMoERouter) and not getattr(module.weight, "_is_hf_initialized", False):
+            nn.init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+
+
+class DynMoEModel(DynMoEPreTrainedModel, LlamaModel):
+    """The decoder without the language-model head; forward, cache and masks are LLaMA's."""
+
+    def __init__(self, config):
+        LlamaPreTrainedModel.__init__(self, config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(DynMoEDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+
+@dataclass
+class DynMoECausalLMOutputWithPast(CausalLMOutputWithPast):
+    """Adds, for each mixture layer and on request: `router_logits` [T, E] float32 and `routing_map` [T, E] bool.
+
+    A row of the map summed is a token's number of experts; a column summed is an expert's number of tokens.
+    """
+
+    router_logits: tuple | None = None
+    routing_map: tuple | None = None
+
+
+class DynMoEForCausalLM(DynMoEPreTrainedModel, LlamaForCausalLM):
+    """The decoder with its language-model head; `generate` comes from transformers."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config):
+        LlamaPreTrainedModel.__init__(self, config)
+        self.model = DynMoEModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        labels=None,
+        use_cache=None,
+        logits_to_keep=0,
+        **kwargs,
+    ):
+        """Logits [B, S, V], and the loss of `labels` [B, S] (next token, -100 ignored).
+
+        `output_router_logits=True` and `output_routing_map=True` return what `DynMoECausalLMOutputWithPast` names;
+        `logits_to_keep` as in LLaMA: the number of last positions to compute logits for (0: all), or their indices.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return DynMoECausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.get("router_logits"),
+            routing_map=outputs.get("routing_map"),
+        )
+
+
+__all__ = ["DynMoEForCausalLM", "DynMoEModel", "DynMoEPreTrainedModel"]

@@ -1,0 +1,56 @@
+"""Auxiliary losses of the routers, as pure functions; each with its formula and source.
+
+All of them are means over tokens.  With sequence or context parallelism a rank holds a share of a micro-batch's
+tokens: pass the micro-batch's totals (``rows_E``, ``num_tokens``, summed over those ranks) and the results of the
+ranks add up to the loss of the whole micro-batch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def load_balance_loss(scores_TE: Tensor, *, rows_E: Tensor, num_tokens: Tensor | float) -> Tensor:
+    """L_b = E * sum_i f_i Q_i (Huang et al. 2024, eq. 6; with one expert a token it is Switch's, arXiv 2101.03961, eq. 4).
+
+    f_i is the fraction of tokens whose set contains expert i, Q_i the mean score of expert i.  There is no division by
+    the number of experts a token visits.
+
+    Args:
+        scores_TE: float32 scores of this rank's tokens; gradients flow through Q.
+        rows_E: tokens that chose each expert, over the whole micro-batch; no gradient.
+        num_tokens: tokens of the whole micro-batch.
+
+    Returns:
+        float32 scalar: this rank's share.
+    """
+    fraction_E = rows_E.to(scores_TE.dtype) / num_tokens
+    mean_score_E = scores_TE.sum(dim=0) / num_tokens
+    return scores_TE.shape[-1] * (fraction_E * mean_score_E).sum()
+
+
+def entropy_loss(scores_TE: Tensor, *, num_tokens: Tensor | float) -> Tensor:
+    """L_d = - mean over tokens of sum_i P_i log P_i, in nats (Huang et al. 2024, eq. 7: the dynamic loss).
+
+    Args:
+        scores_TE: float32 probabilities; 0 log 0 is 0, with a finite gradient.
+        num_tokens: tokens of the whole micro-batch.
+
+    Returns:
+        float32 scalar: this rank's share.
+    """
+    return -torch.xlogy(scores_TE, scores_TE.clamp_min(torch.finfo(scores_TE.dtype).tiny)).sum() / num_tokens
+
+
+def z_loss(logits_TE: Tensor, *, num_tokens: Tensor | float) -> Tensor:
+    """Mean over tokens of (log sum_i exp logit_i)^2 (Zoph et al. 2022, ST-MoE, arXiv 2202.08906, eq. 5).
+
+    Args:
+        logits_TE: float32.
+        num_tokens: tokens of the whole micro-batch.
+
+    Returns:
+        float32 scalar: this rank's share.
+    """
+    return torch.logsumexp(logits_TE, dim=-1).square().sum() / num_tokens

@@ -1,0 +1,68 @@
+"""Where routing statistics meet megatron-core's MoE log: console, TensorBoard, W&B."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
+from torch import Tensor
+
+from megatron_dynmoe.metrics import RoutingStats, RoutingSummary
+
+# Called on every rank at the end of an interval: (iteration, summary, the training loop's sums) -> further scalars.
+IntervalHook = Callable[[int, RoutingSummary, dict[str, Any]], dict[str, float]]
+
+
+class RoutingTracker(MoEMetricsTracker):
+    """megatron-core's per-layer loss tracker, plus counts of what was really routed.
+
+    Counts add up on the device over ``log_interval`` iterations and are summed over all ranks once an interval.
+
+    Args:
+        num_layers: transformer layers of the model, including multi-token-prediction layers.
+        num_experts: E.
+        copies: ranks that see the same tokens (tensor-parallel ranks without sequence parallelism), else 1.
+        log_interval: iterations between reports.
+        loss_names: losses to report besides those that the training loop asks for.
+        on_interval: see :data:`IntervalHook`.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        num_experts: int,
+        copies: int = 1,
+        log_interval: int = 1,
+        loss_names: tuple[str, ...] = (),
+        on_interval: IntervalHook | None = None,
+    ) -> None:
+        super().__init__()
+        self.stats = RoutingStats(num_layers, num_experts)
+        self.evaluation_stats = RoutingStats(num_layers, num_experts)
+        self.iteration: int | None = None  # the last one reported
+        self.copies, self.log_interval = copies, log_interval
+        self.loss_names, self.on_interval = loss_names, on_interval
+
+    def observe(self, layer: int, map_TE: Tensor, *, training: bool = True) -> None:
+        """Count the routing of one micro-batch at layer ``layer`` (from 0); evaluation is counted apart."""
+        (self.stats if training else self.evaluation_stats).add(layer, map_TE)
+
+    def report(self, loss_scale: float, iteration: int, *args: Any, **kwargs: Any) -> str:
+        """megatron-core's report of the losses; at the end of an interval, ours of the routing as well."""
+        self.iteration = iteration
+        names = list(kwargs.get("track_names") or [])
+        kwargs["track_names"] = names + [name for name in self.loss_names if name not in names]
+        text = super().report(loss_scale, iteration, *args, **kwargs)
+        if iteration % self.log_interval:
+            return text
+        summary = self.stats.reduce(divide_by=self.copies)
+        scalars = summary.scalars()
+        if self.on_interval is not None:
+            scalars |= self.on_interval(iteration, summary, kwargs.get("total_loss_dict") or {})
+        self._log_scalars(scalars, iteration, kwargs.get("writer"), kwargs.get("wandb_writer"))
+        if kwargs.get("per_layer_logging"):
+            layers = {f"moe/experts_per_token_layer_{i}": k for i, k in summary.experts_per_token_by_layer.items()}
+            self._log_scalars(layers, iteration, kwargs.get("writer"), kwargs.get("wandb_writer"))
+        return text + "".join(f" {name.replace('_', ' ')}: {value:.4g} |" for name, value in scalars.items())

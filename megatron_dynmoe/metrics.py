@@ -1,0 +1,148 @@
+"""What a researcher watches: experts per token, balance, rows, parameters and floating-point work that were real.
+
+Counts are integers, kept on the device and summed over ranks once an interval; nothing here waits for the device
+before that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RoutingSummary:
+    """What was routed in one interval, over all ranks.
+
+    Attributes:
+        experts_per_token: mean over tokens and MoE layers.
+        experts_per_token_p99: 99th percentile over tokens and MoE layers.
+        experts_per_token_by_layer: mean, by layer index (from 0); MoE layers only.
+        load_imbalance: rows of the busiest expert over the mean of all experts, averaged over MoE layers.
+        routed_rows: (token, expert) pairs, all layers and ranks.
+        tokens: tokens seen by one MoE layer.
+    """
+
+    experts_per_token: float
+    experts_per_token_p99: int
+    experts_per_token_by_layer: dict[int, float]
+    load_imbalance: float
+    routed_rows: int
+    tokens: int
+
+    def scalars(self) -> dict[str, float]:
+        """The values that are logged under their own names."""
+        return {
+            "experts_per_token": self.experts_per_token,
+            "experts_per_token_p99": float(self.experts_per_token_p99),
+            "load_imbalance": self.load_imbalance,
+        }
+
+
+class RoutingStats:
+    """Adds up routing maps: rows per expert, and how many tokens visited 0, 1, 2, ... experts, for each layer."""
+
+    def __init__(self, num_layers: int, num_experts: int) -> None:
+        self.num_experts = num_experts
+        # Columns: E rows per expert, then E + 1 of the histogram; one tensor, so that one all-reduce sums it.
+        self.counts = torch.zeros(num_layers, 2 * num_experts + 1, dtype=torch.int64)
+
+    def add(self, layer: int, map_TE: Tensor) -> None:
+        """Count one map, bool [T, E], at layer ``layer``."""
+        if self.counts.device != map_TE.device:
+            self.counts = self.counts.to(map_TE.device)
+        with torch.no_grad():
+            row = self.counts[layer]
+            row[: self.num_experts] += map_TE.sum(dim=0)
+            experts_T = map_TE.sum(dim=1) + self.num_experts
+            row.index_add_(0, experts_T, torch.ones_like(experts_T))
+
+    def reduce(self, *, divide_by: int = 1) -> RoutingSummary:
+        """Sum over all ranks, summarise, and start again from zero.
+
+        Args:
+            divide_by: ranks that counted the same tokens.
+        """
+        counts = self.counts.clone()
+        self.counts.zero_()
+        if dist.is_available() and dist.is_initialized():
+            if dist.get_backend() == "nccl" and counts.device.type == "cpu":  # a pipeline stage without MoE layers
+                counts = counts.cuda()
+            dist.all_reduce(counts)
+        return summarize(counts.cpu() // divide_by, self.num_experts)
+
+
+def summarize(counts: Tensor, num_experts: int) -> RoutingSummary:
+    """Counts [layers, 2E + 1] to a summary; layers without tokens are dense and left out."""
+    rows, histogram = counts[:, :num_experts], counts[:, num_experts:]
+    tokens = histogram.sum(dim=1)
+    moe = [layer for layer in range(len(counts)) if tokens[layer] > 0]
+    if not moe:
+        return RoutingSummary(0.0, 0, {}, 0.0, 0, 0)
+    by_layer = {layer: rows[layer].sum().item() / tokens[layer].item() for layer in moe}
+    imbalance = [rows[layer].max().item() * num_experts / max(rows[layer].sum().item(), 1) for layer in moe]
+    cumulative = histogram.sum(dim=0).cumsum(0)
+    p99 = int(torch.searchsorted(cumulative, -(-cumulative[-1] * 99 // 100)))
+    return RoutingSummary(
+        experts_per_token=sum(by_layer.values()) / len(moe),
+        experts_per_token_p99=p99,
+        experts_per_token_by_layer=by_layer,
+        load_imbalance=sum(imbalance) / len(moe),
+        routed_rows=int(rows.sum()),
+        tokens=int(tokens[moe[0]]),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """Enough of a LLaMA-style MoE model to count its parameters.
+
+    Attributes:
+        layers: transformer layers; ``moe_layers`` of them have experts, the others a dense feed-forward part.
+        width: D. heads, head_width, query_groups: attention.
+        dense_width: width of the dense feed-forward part. expert_width: F. experts: E.
+        shared_width: width of the shared expert, 0 for none. vocabulary: padded size.
+        gated: SwiGLU (three matrices) or two. tied: output layer shares the embedding.
+    """
+
+    layers: int
+    moe_layers: int
+    width: int
+    heads: int
+    head_width: int
+    query_groups: int
+    dense_width: int
+    expert_width: int
+    experts: int
+    vocabulary: int
+    shared_width: int = 0
+    gated: bool = True
+    tied: bool = False
+
+    @property
+    def per_expert(self) -> int:
+        """Parameters of one expert."""
+        return (3 if self.gated else 2) * self.width * self.expert_width
+
+    @property
+    def without_experts(self) -> int:
+        """Parameters that every token uses: embeddings, attention, norms, routers, dense and shared parts."""
+        matrices = 3 if self.gated else 2
+        attention = 2 * self.width * self.head_width * (self.heads + self.query_groups)
+        dense = (self.layers - self.moe_layers) * matrices * self.width * self.dense_width
+        moe = self.moe_layers * (self.experts * self.width + matrices * self.width * self.shared_width)
+        norms = (2 * self.layers + 1) * self.width
+        embeddings = (1 if self.tied else 2) * self.vocabulary * self.width
+        return embeddings + self.layers * attention + dense + moe + norms
+
+    @property
+    def total(self) -> int:
+        """All parameters."""
+        return self.without_experts + self.moe_layers * self.experts * self.per_expert
+
+    def activated(self, experts_per_token: float) -> float:
+        """Parameters that a token uses on average when it visits ``experts_per_token`` experts a layer."""
+        return self.without_experts + self.moe_layers * experts_per_token * self.per_expert

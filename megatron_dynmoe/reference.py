@@ -1,0 +1,64 @@
+"""The slow, obvious MoE that every fast path is tested against.  Only tests import it.
+
+Dense: every expert computes every token, and what the routing did not choose is multiplied by zero.  Loops, no index
+tricks, no parallelism.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def softmax_scores(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    """Probabilities over the experts, one token at a time."""
+    return torch.stack([torch.softmax((weight_ED @ x_D).float(), dim=0) for x_D in x_TD])
+
+
+def top_p_set(probabilities: list[float], p: float) -> set[int]:
+    """Take experts from the most probable on until their sum exceeds p; the one that crosses is in."""
+    chosen: set[int] = set()
+    total = 0.0
+    for expert in sorted(range(len(probabilities)), key=lambda e: -probabilities[e]):
+        chosen.add(expert)
+        total += probabilities[expert]
+        if total > p:
+            break
+    return chosen
+
+
+def top_k_set(probabilities: list[float], k: int) -> set[int]:
+    """The k most probable experts."""
+    return set(sorted(range(len(probabilities)), key=lambda e: -probabilities[e])[:k])
+
+
+def expert(x: Tensor, fc1_GD: Tensor, fc2_DF: Tensor) -> Tensor:
+    """One SwiGLU expert: fc2 (silu(gate x) * up x)."""
+    gate, up = (x @ fc1_GD.t()).chunk(2, dim=-1)
+    return (F.silu(gate) * up) @ fc2_DF.t()
+
+
+def dense_moe(x_TD: Tensor, weights_TE: Tensor, fc1_EGD: Tensor, fc2_EDF: Tensor) -> Tensor:
+    """sum_e weight[t, e] * expert_e(x[t]) with every expert computed for every token."""
+    out_TD = torch.zeros_like(x_TD)
+    for e in range(weights_TE.shape[1]):
+        out_TD = out_TD + weights_TE[:, e : e + 1] * expert(x_TD, fc1_EGD[e], fc2_EDF[e])
+    return out_TD
+
+
+def load_balance(scores: list[list[float]], chosen: list[set[int]]) -> float:
+    """E * sum_i (fraction of tokens that chose i) * (mean score of i)."""
+    tokens, experts = len(scores), len(scores[0])
+    total = 0.0
+    for i in range(experts):
+        fraction = sum(i in choice for choice in chosen) / tokens
+        total += fraction * sum(row[i] for row in scores) / tokens
+    return experts * total
+
+
+def entropy(scores: list[list[float]]) -> float:
+    """Mean over tokens of - sum_i P_i log P_i, in nats."""
+    return sum(-p * math.log(p) for row in scores for p in row if p > 0) / len(scores)

@@ -1,0 +1,62 @@
+"""A router end to end: gate, rule, cap, weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from megatron_dynmoe.routers.registry import GATES, RULES
+from megatron_dynmoe.routing import Routing
+
+if TYPE_CHECKING:
+    from megatron_dynmoe.config import DynMoEConfig
+
+
+def route(x_TD: Tensor, weight_ED: Tensor, config: DynMoEConfig) -> Routing:
+    """Route each token: which experts, with what weight.
+
+    Args:
+        x_TD: hidden states, any float dtype.
+        weight_ED: the router's weight.
+        config: gate, rule, cap and normalisation.
+
+    Returns:
+        Routing, float32. Gradients reach ``x_TD`` and ``weight_ED`` through the weights; the choice itself has none.
+    """
+    logits_TE, scores_TE = GATES[config.gate](x_TD, weight_ED)
+    with torch.no_grad():
+        map_TE = cap_experts(RULES[config.rule](scores_TE, config), scores_TE, config.max_experts_per_token)
+    weights_TE = finish_weights(scores_TE, map_TE, normalize=config.normalize_weights)
+    return Routing(weights_TE=weights_TE, map_TE=map_TE, scores_TE=scores_TE, logits_TE=logits_TE)
+
+
+def cap_experts(map_TE: Tensor, scores_TE: Tensor, cap: int | None) -> Tensor:
+    """Keep at most ``cap`` chosen experts a token, the most probable ones.
+
+    Args:
+        map_TE: bool, what a rule chose.
+        scores_TE: float32; ties keep the lower expert index.
+        cap: at least 1, or None for no bound.
+    """
+    if cap is None or cap >= map_TE.shape[-1]:
+        return map_TE
+    chosen_TE = scores_TE.masked_fill(~map_TE, -torch.inf)
+    order_TE = chosen_TE.sort(dim=-1, descending=True, stable=True).indices
+    within_TE = torch.zeros_like(map_TE).scatter(-1, order_TE[:, :cap], True)
+    return map_TE & within_TE
+
+
+def finish_weights(scores_TE: Tensor, map_TE: Tensor, *, normalize: bool) -> Tensor:
+    """The chosen experts' scores, 0 elsewhere; divided by their sum if ``normalize``.
+
+    Returns:
+        [T, E] in the dtype of ``scores_TE``.
+    """
+    # where, not a product: 0 * NaN would carry a NaN score to experts that were not chosen.
+    weights_TE = torch.where(map_TE, scores_TE, scores_TE.new_zeros(()))
+    if normalize:
+        tiny = torch.finfo(scores_TE.dtype).tiny
+        weights_TE = weights_TE / weights_TE.sum(dim=-1, keepdim=True).clamp_min(tiny)
+    return weights_TE

@@ -1,0 +1,41 @@
+"""The top-p rule of Dynamic MoE: the smallest set of experts whose probability exceeds p."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from megatron_dynmoe.routers.registry import register_rule
+
+if TYPE_CHECKING:
+    from megatron_dynmoe.config import DynMoEConfig
+
+
+@register_rule("top-p")
+def top_p_map(scores_TE: Tensor, config: DynMoEConfig) -> Tensor:
+    """Experts of each token under top-p routing (Huang et al. 2024, arXiv 2403.07652, eq. 3-4).
+
+    In descending order of probability, an expert stays iff the sum of those *before* it is at most p: the expert that
+    crosses p stays, so p = 0 is top-1 and p = 1 keeps all (the public code's comparison, modeling_moe.py).  Ties keep
+    the lower expert index first.
+
+    Args:
+        scores_TE: float32 probabilities; each row sums to one.
+        config: ``top_p``.
+
+    Returns:
+        bool [T, E], at least one True a row, also for a row with NaN: its best expert stays, so that the NaN reaches
+        the loss and is reported there.
+    """
+    if config.top_p == 0:  # spares the sort
+        best_T1 = scores_TE.argmax(dim=-1, keepdim=True)
+        return torch.zeros_like(scores_TE, dtype=torch.bool).scatter(-1, best_T1, True)
+    sorted_TE, order_TE = scores_TE.detach().sort(dim=-1, descending=True, stable=True)
+    before_TE = torch.zeros_like(sorted_TE)
+    torch.cumsum(sorted_TE[:, :-1], dim=-1, out=before_TE[:, 1:])
+    # Rounding can carry the sum past 1, where p = 1 must still keep everything.
+    keep_TE = before_TE.clamp_(max=1.0) <= config.top_p
+    keep_TE[:, 0] = True
+    return torch.zeros_like(keep_TE).scatter(-1, order_TE, keep_TE)

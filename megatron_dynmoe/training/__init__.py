@@ -1,0 +1,1 @@
+"""Pretraining through megatron's own loop: the only room that imports ``megatron.training``."""

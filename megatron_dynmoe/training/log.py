@@ -1,0 +1,118 @@
+"""What is logged beside Megatron's own: work that was really done, and a metrics file that programs can read."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.training import get_args, get_timers, is_last_rank
+from megatron.training.training import num_floating_point_operations
+
+from megatron_dynmoe.mcore.tracker import RoutingTracker
+from megatron_dynmoe.metrics import ModelShape, RoutingSummary
+from megatron_dynmoe.training.step import LossSums
+
+
+def model_shape(args: Namespace) -> ModelShape:
+    """The shape of the model that Megatron's parsed flags describe."""
+    freq = args.moe_layer_freq
+    moe = [int(i % freq == 0) for i in range(args.num_layers)] if isinstance(freq, int) else freq
+    return ModelShape(
+        layers=args.num_layers,
+        moe_layers=sum(moe) if args.num_experts else 0,
+        width=args.hidden_size,
+        heads=args.num_attention_heads,
+        head_width=args.kv_channels or args.hidden_size // args.num_attention_heads,
+        query_groups=args.num_query_groups if args.group_query_attention else args.num_attention_heads,
+        dense_width=args.ffn_hidden_size,
+        expert_width=args.moe_ffn_hidden_size or args.ffn_hidden_size,
+        experts=args.num_experts or 0,
+        shared_width=args.moe_shared_expert_intermediate_size or 0,
+        vocabulary=args.padded_vocab_size,
+        gated=args.swiglu,
+        tied=not args.untie_embeddings_and_output_weights,
+    )
+
+
+def routed_flops(args: Namespace, experts_per_token: float, batch_size: int) -> float:
+    """Floating-point operations of one iteration, forward and backward, with the experts that tokens really visited.
+
+    Megatron's own count takes ``moe_router_topk`` for every token (training.py, num_floating_point_operations); it is
+    linear in that number, so its value at the measured mean is exact.
+    """
+    measured = copy.copy(args)
+    measured.moe_router_topk = experts_per_token
+    return num_floating_point_operations(measured, batch_size)
+
+
+class MetricsFile:
+    """Appends JSON lines; each is written in one call, so that a killed run leaves whole lines."""
+
+    def __init__(self, path: str | None) -> None:
+        self.path = Path(path) if path else None
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append ``record`` (on the last rank, where Megatron logs)."""
+        if self.path is None or not is_last_rank():
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        line = (json.dumps(record) + "\n").encode()
+        handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        try:
+            os.write(handle, line)
+        finally:
+            os.close(handle)
+
+
+def log_interval(file: MetricsFile, iteration: int, summary: RoutingSummary, sums: dict[str, Any]) -> dict[str, float]:
+    """Rates and sizes of one log interval; also written to ``file``.
+
+    Args:
+        iteration: the iteration that ended the interval.
+        summary: what was routed in it.
+        sums: Megatron's ``total_loss_dict`` of the interval.
+
+    Returns:
+        scalars for the console, TensorBoard and W&B.
+    """
+    args = get_args()
+    iterations = max(sums.get("advanced iterations", 0) + sums.get("skipped iterations", 0), 1)
+    seconds = get_timers()("interval-time").elapsed(reset=False) / iterations
+    flops = routed_flops(args, summary.experts_per_token, args.global_batch_size)
+    scalars = {
+        "activated_parameters": model_shape(args).activated(summary.experts_per_token),
+        "rows_sent": summary.routed_rows / iterations,
+        "tokens_per_second": args.global_batch_size * args.seq_length / seconds,
+        "routed_TFLOP/s/GPU": flops / seconds / args.world_size / 1e12,
+    }
+    record = {"iteration": iteration, "seconds_per_iteration": seconds} | summary.scalars() | scalars
+    record["experts_per_token_by_layer"] = summary.experts_per_token_by_layer
+    for name, value in sums.items():
+        if name.endswith("loss"):
+            record[name.replace(" ", "_")] = float(value) / max(sums.get("advanced iterations", 0), 1)
+    file.write(record)
+    return scalars
+
+
+def log_evaluation(file: MetricsFile, tracker: RoutingTracker, losses: LossSums) -> None:
+    """Write the held-out loss and the routing of the same tokens; every rank calls it at the end of an evaluation."""
+    summary = tracker.evaluation_stats.reduce(divide_by=tracker.copies)
+    sums = losses.take()
+    if sums is None:  # not the last pipeline stage
+        return
+    torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    loss, tokens = sums.tolist()
+    record = {
+        "iteration": get_args().iteration if tracker.iteration is None else tracker.iteration,
+        "validation_loss": loss / tokens,
+        "validation_tokens": int(tokens),
+    }
+    record |= summary.scalars()
+    record["experts_per_token_by_layer"] = summary.experts_per_token_by_layer
+    file.write(record)

@@ -1,0 +1,85 @@
+"""Pretrain a dynamic MoE language model through ``megatron.training.pretrain``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from megatron.core.enums import ModelType
+from megatron.core.transformer.moe.moe_logging import set_moe_metrics_tracker
+from megatron.training import get_tokenizer, pretrain
+from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.arguments import parse_and_validate_args, parse_args
+from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
+
+from megatron_dynmoe import host
+from megatron_dynmoe.config import DynMoEConfig
+from megatron_dynmoe.mcore.specs import dynamic_layer_spec
+from megatron_dynmoe.mcore.tracker import RoutingTracker
+from megatron_dynmoe.training.arguments import add_dynmoe_args, dynmoe_from_args, prepare_argv
+from megatron_dynmoe.training.datasets import build_datasets, data_prefixes
+from megatron_dynmoe.training.log import MetricsFile, log_evaluation, log_interval
+from megatron_dynmoe.training.step import LossSums, forward_step
+
+# (prefix, vocabulary size) -> None; raises ValueError with one sentence if the data cannot be used.
+DataCheck = Callable[[str, int], Any]
+
+
+def main(argv: list[str] | None = None, *, check_data: DataCheck | None = None) -> int:
+    """Parse, check, train.
+
+    Args:
+        argv: the command line without the program's name; default: ``sys.argv``.
+        check_data: checks each indexed dataset before training starts.
+
+    Returns:
+        exit code: 0, or 2 after one sentence on what cannot work.
+    """
+    host.enable()
+    try:
+        argv = prepare_argv(sys.argv[1:] if argv is None else argv)
+        sys.argv[1:] = [*host.default_flags(), *argv]
+        dynmoe = dynmoe_from_args(parse_args(add_dynmoe_args))  # before Megatron's own checks, which use assertions
+        args = parse_and_validate_args(add_dynmoe_args)
+        if check_data is not None:
+            vocabulary = get_tokenizer().vocab_size
+            for prefix in data_prefixes(args):
+                check_data(prefix, vocabulary)
+        run(args, dynmoe)
+    except ValueError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+def run(args: Namespace, dynmoe: DynMoEConfig) -> None:
+    """Train as ``args`` say; Megatron is parsed and validated, but not yet initialised."""
+    model = gpt_config_from_args(args)
+    model.transformer_layer_spec = partial(layer_spec, dynmoe=dynmoe)
+    file, losses = MetricsFile(args.moe_metrics_file), LossSums()
+    tracker = RoutingTracker(
+        num_layers=args.num_layers + (args.mtp_num_layers or 0),
+        num_experts=args.num_experts or 1,
+        copies=1 if args.sequence_parallel else args.tensor_model_parallel_size,
+        log_interval=args.log_interval,
+        loss_names=("entropy_loss",) if dynmoe.entropy_coeff > 0 else (),
+        on_interval=partial(log_interval, file),
+    )
+    set_moe_metrics_tracker(tracker)
+    pretrain(
+        pretrain_cfg_container_from_args(args, model),
+        build_datasets,
+        ModelType.encoder_or_decoder,
+        partial(forward_step, evaluation=losses),
+        non_loss_data_func=lambda model: log_evaluation(file, tracker, losses),
+    )
+
+
+def layer_spec(config: GPTModelConfig, vp_stage: int | None = None, *, dynmoe: DynMoEConfig) -> Any:
+    """Megatron's own choice of layer spec for ``config``, with its MoE layers made dynamic."""
+    return dynamic_layer_spec(default_layer_spec(config, vp_stage), dynmoe)

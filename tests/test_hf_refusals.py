@@ -1,0 +1,94 @@
+"""What an export refuses: damaged or foreign checkpoints, models it cannot express, targets it would destroy."""
+
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_dynmoe.hf.checkpoint import ExportError
+from megatron_dynmoe.hf.export import export
+from tests.hf_checkpoints import ARGS, ROWS, make, megatron_weights, write_checkpoint
+
+
+def refused(save: Path, out: Path, sentence: str, **kwargs) -> None:
+    """The export fails with one sentence that matches, and leaves nothing."""
+    before = sorted(out.parent.iterdir())
+    with pytest.raises(ExportError, match=sentence) as error:
+        export(save, out, progress=False, **kwargs)
+    assert "\n" not in str(error.value)
+    assert sorted(out.parent.iterdir()) == before
+
+
+def test_what_the_model_cannot_express_is_refused(tmp_path: Path) -> None:
+    for number, (name, value) in enumerate(
+        [("add_bias_linear", True), ("rotary_percent", 0.5), ("moe_gate", "cosine")]
+    ):
+        save, _ = make(tmp_path / f"save{number}", **{name: value})
+        refused(save, tmp_path / "out", f"{name} = {value!r}")
+
+
+def test_missing_leftover_and_misshapen_weights_are_refused(tmp_path: Path) -> None:
+    args = Namespace(**ARGS)
+    weights = megatron_weights(args)
+    router = "decoder.layers.mlp.router.weight"
+    missing = {key: w for key, w in weights.items() if key != router}
+    refused(write_checkpoint(tmp_path / "a", args, missing), tmp_path / "out", "mlp.router.weight, which")
+    extra = weights | {"decoder.layers.self_attention.q_layernorm.weight": torch.ones(2, 4)}
+    refused(write_checkpoint(tmp_path / "b", args, extra), tmp_path / "out", "no place for .*q_layernorm")
+    wide = weights | {router: torch.ones(2, 4, 8)}
+    refused(write_checkpoint(tmp_path / "c", args, wide), tmp_path / "out", "is 4x8, the arguments say 3x8")
+
+
+def test_a_vocabulary_larger_than_the_embedding_is_refused(tmp_path: Path) -> None:
+    save, _ = make(tmp_path / "save")
+    refused(save, tmp_path / "out", f"has 21 tokens, but the embedding .* has {ROWS} rows", vocab_size=21)
+
+
+def test_folders_that_are_no_checkpoint_are_refused(tmp_path: Path) -> None:
+    save, _ = make(tmp_path / "save")
+    refused(tmp_path / "nothing", tmp_path / "out", "is not a folder")
+    refused(tmp_path, tmp_path / "out", "has no metadata.json")
+    refused(save, tmp_path / "out", "iter_0000004 does not exist; iterations in .*: iter_0000003", iteration=4)
+    refused(save, tmp_path / "out", "dtype is 'int8'; accepted: float32", dtype="int8")
+    (save / "iter_0000003/metadata.json").unlink()
+    refused(save, tmp_path / "out", "interrupted")
+
+
+def test_damaged_files_are_refused(tmp_path: Path) -> None:
+    save, weights = make(tmp_path / "save")
+    shard = next((save / "iter_0000003").glob("*.distcp"))
+    good, meta = shard.read_bytes(), save / "iter_0000003/.metadata"
+    shard.write_bytes(good[:-100])
+    refused(save, tmp_path / "out", "is truncated")
+    # One bit in the middle of a weight: torch.load alone would take it.
+    place = good.index(weights["output_layer.weight"].numpy().tobytes()) + 50
+    shard.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
+    refused(save, tmp_path / "out", "'output_layer.weight' cannot be read from .*distcp")
+    shard.unlink()
+    refused(save, tmp_path / "out", "distcp is missing")
+    shard.write_bytes(good)
+    metadata = meta.read_bytes()
+    meta.write_bytes(metadata[: len(metadata) // 2])
+    refused(save, tmp_path / "out", "is not the metadata")
+    meta.unlink()
+    refused(save, tmp_path / "out", r"\.metadata is missing")
+    meta.write_bytes(metadata)
+    export(save, tmp_path / "out", progress=False)
+
+
+def test_the_target_is_replaced_only_when_asked_and_only_by_a_whole_export(tmp_path: Path) -> None:
+    save, _ = make(tmp_path / "save")
+    out = tmp_path / "out"
+    out.mkdir()
+    export(save, out, progress=False)  # an empty folder is fine
+    (out / "note").write_text("mine")
+    refused(save, out, "is not empty")
+    refused(save, out, "tokens, but the embedding", vocab_size=99, overwrite=True)
+    assert (out / "note").exists()
+    export(save, out, progress=False, overwrite=True)
+    assert not (out / "note").exists()
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.tex").write_text("...")
+    refused(save, other, "is no exported model", overwrite=True)

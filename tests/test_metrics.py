@@ -1,0 +1,52 @@
+"""Statistics from routing maps, by hand; parameter counts of the paper's models."""
+
+import pytest
+import torch
+
+from megatron_dynmoe.metrics import ModelShape, RoutingStats
+
+# Dynamic MoE, arXiv 2403.07652: 24 layers of width 1024, 16 heads of 64, LLaMA-2 vocabulary, experts of width 2816.
+PAPER = {
+    "layers": 24,
+    "width": 1024,
+    "heads": 16,
+    "head_width": 64,
+    "query_groups": 16,
+    "dense_width": 2816,
+    "expert_width": 2816,
+    "vocabulary": 32000,
+}
+
+
+def test_statistics_by_hand():
+    stats = RoutingStats(num_layers=3, num_experts=2)
+    # layer 0: tokens visit 1, 2 and 0 experts; layer 2: both tokens visit both experts; layer 1 is dense
+    stats.add(0, torch.tensor([[True, False], [True, True], [False, False]]))
+    stats.add(2, torch.ones(2, 2, dtype=torch.bool))
+    stats.add(2, torch.ones(1, 2, dtype=torch.bool))
+    summary = stats.reduce()
+    assert summary.experts_per_token_by_layer == {0: 1.0, 2: 2.0}
+    assert summary.experts_per_token == 1.5
+    assert summary.routed_rows == 9
+    assert summary.tokens == 3
+    assert summary.experts_per_token_p99 == 2
+    # layer 0: 2 and 1 rows, so the busiest has 4/3 of the mean; layer 2 is even
+    assert summary.load_imbalance == pytest.approx((4 / 3 + 1) / 2)
+    assert stats.reduce().tokens == 0  # it started again
+
+
+def test_percentile_counts_from_the_bottom():
+    stats = RoutingStats(num_layers=1, num_experts=4)
+    stats.add(0, torch.tensor([[True] * 1 + [False] * 3] * 98 + [[True] * 3 + [False]] * 2))
+    assert stats.reduce().experts_per_token_p99 == 3  # the 99th of 100 values in order
+    stats.add(0, torch.tensor([[True] * 1 + [False] * 3] * 99 + [[True] * 3 + [False]]))
+    assert stats.reduce().experts_per_token_p99 == 1
+
+
+def test_parameter_counts_of_the_paper():
+    dense = ModelShape(moe_layers=0, experts=0, **PAPER)
+    moe = ModelShape(moe_layers=24, experts=16, **PAPER)
+    assert round(dense.total / 1e6) == 374
+    assert round(moe.total / 1e9, 1) == 3.5
+    assert round(moe.activated(1) / 1e6) == 374
+    assert round(moe.activated(2) / 1e6) == 581 or round(moe.activated(2) / 1e6) == 582

@@ -1,0 +1,132 @@
+"""What an installation contains, and that importing the package is cheap."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from setuptools import find_packages
+
+import megatron_dynmoe
+
+ROOT = Path(__file__).resolve().parent.parent
+SETUP_FILES = ["setup.py", "pyproject.toml", "constraints.txt", "Makefile", "tools/setup_venv.sh", ".ci/run"]
+
+
+def setup_arguments() -> dict:
+    """The keywords that setup.py hands to setuptools."""
+    found: dict = {}
+    source = (ROOT / "setup.py").read_text(encoding="utf-8")
+    source = source.replace("from setuptools import find_packages, setup", "from setuptools import find_packages")
+    exec(
+        compile(source, "setup.py", "exec"),
+        {"__file__": str(ROOT / "setup.py"), "setup": lambda **kw: found.update(kw)},
+    )
+    return found
+
+
+def constraints() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    return dict(line.split("==") for line in lines if not line.startswith("#"))
+
+
+def test_every_folder_of_the_package_is_installed() -> None:
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "megatron_dynmoe").rglob("*.py")}
+    installed = set(find_packages(str(ROOT), include=["megatron_dynmoe", "megatron_dynmoe.*"]))
+    assert {".".join(folder.parts) for folder in folders} == installed, "a folder without __init__.py is left out"
+
+
+def test_constraints_pin_what_is_required_and_satisfy_it() -> None:
+    arguments, pins = setup_arguments(), constraints()
+    for line in arguments["install_requires"] + arguments["extras_require"]["dev"]:
+        requirement = Requirement(line)
+        pin = pins[canonicalize_name(requirement.name)]
+        assert requirement.specifier.contains(pin), f"{requirement} does not accept the pinned {pin}"
+
+
+def test_megatron_core_is_the_version_the_doctor_asks_for() -> None:
+    from megatron_dynmoe import doctor
+
+    assert f"megatron-core=={doctor.MEGATRON_CORE}" in setup_arguments()["install_requires"]
+    assert constraints()["megatron-core"] == doctor.MEGATRON_CORE
+
+
+@pytest.mark.parametrize("name", SETUP_FILES)
+def test_set_up_names_no_address(name: str) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert not re.search(r"\w+://|--(extra-)?index-url|--find-links", text)
+
+
+def test_entry_points_exist() -> None:
+    for line in setup_arguments()["entry_points"]["console_scripts"]:
+        module, function = line.split("=")[1].split(":")
+        assert callable(getattr(__import__(module, fromlist=[function]), function))
+
+
+def test_import_is_cheap_and_names_resolve_lazily() -> None:
+    code = (
+        "import sys, megatron_dynmoe; heavy = {'torch', 'megatron', 'transformers'} & set(sys.modules); "
+        "assert not heavy, heavy; assert 'DynMoEConfig' in dir(megatron_dynmoe); "
+        "from megatron_dynmoe import DynMoEConfig; assert DynMoEConfig().rule == 'top-p'; "
+        "assert not {'megatron', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_unknown_name_is_answered_with_those_there_are() -> None:
+    with pytest.raises(AttributeError, match=r"no attribute 'DynMoeConfig'.*DynMoEConfig"):
+        megatron_dynmoe.DynMoeConfig  # noqa: B018
+
+
+def run_setup(script: Path, **environment: str) -> subprocess.CompletedProcess:
+    """Run setup_venv.sh with a PATH that holds the system's tools alone, and no pyenv."""
+    minimal = {"PATH": environment.pop("PATH"), "HOME": str(script.parent), "PYENV_ROOT": str(script.parent / "none")}
+    return subprocess.run(["bash", str(script)], capture_output=True, text=True, timeout=60, env=minimal | environment)
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A folder with the set-up script, its inputs, and a PATH folder ``bin`` that has no Python."""
+    (tmp_path / "tools").mkdir()
+    for name in ("tools/setup_venv.sh", "setup.py", "constraints.txt"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    (tmp_path / "bin").mkdir()
+    for tool in ("bash", "dirname", "cksum", "cat", "sed", "tail"):
+        (tmp_path / "bin" / tool).symlink_to(
+            next(f"{d}/{tool}" for d in os.defpath.split(":") if Path(d, tool).exists())
+        )
+    return tmp_path
+
+
+def test_set_up_without_python_says_so_in_one_sentence(checkout: Path) -> None:
+    done = run_setup(checkout / "tools/setup_venv.sh", PATH=str(checkout / "bin"))
+    assert done.returncode != 0
+    assert done.stderr.startswith("setup: no CPython 3.12 ")
+    assert done.stderr.count("\n") == 1
+    assert not (checkout / ".venv").exists()
+
+
+def test_set_up_passes_over_a_python312_that_does_not_run(checkout: Path) -> None:
+    """A pyenv shim answers to the name python3.12 and fails; the one that runs lies under pyenv's root."""
+    shim = checkout / "bin" / "python3.12"
+    shim.write_text("#!/bin/sh\necho 'pyenv: python3.12: command not found' >&2\nexit 127\n")
+    real = checkout / "pyenv" / "versions" / "3.12.1" / "bin" / "python"
+    real.parent.mkdir(parents=True)
+    # Stands for a Python 3.12: passes the probe (-c), says its name, and refuses to make an environment.
+    real.write_text('#!/bin/sh\n[ "$1" = -m ] && exit 7\necho "Python 3.12.1 from pyenv"\n')
+    for program in (shim, real):
+        program.chmod(0o755)
+    done = run_setup(checkout / "tools/setup_venv.sh", PATH=str(checkout / "bin"), PYENV_ROOT=str(checkout / "pyenv"))
+    assert done.returncode == 7
+    assert "setup: making .venv with Python 3.12.1 from pyenv" in done.stdout
+
+
+def test_set_up_refuses_a_wrong_python_variable(checkout: Path) -> None:
+    done = run_setup(checkout / "tools/setup_venv.sh", PATH=str(checkout / "bin"), PYTHON="/bin/false")
+    assert done.returncode != 0
+    assert done.stderr.startswith("setup: PYTHON=/bin/false is not a CPython 3.12")
+    assert not (checkout / ".venv").exists()
