@@ -33,7 +33,7 @@ gpu-check:
 
 # Each round installs what the last one made visible: what a missing package requires is unknown until it is there.
 install-container:
-	$(or $(PYTHON),python3) -m pip install --no-deps .
+	$(or $(PYTHON),python3) -m pip install --no-deps . packaging
 	@while missing=$$($(or $(PYTHON),python3) -m megatron_dynmoe.doctor --missing) && [ -n "$$missing" ]; do \
 	    $(or $(PYTHON),python3) -m pip install --no-deps -c constraints.txt $$missing || exit 1; \
 	done

@@ -159,7 +159,7 @@ def _accelerator_rows() -> Iterator[Row]:
     yield Row("Transformer Engine", te, "FP8 experts, fused permute, attention", "torch grouped GEMM, torch kernels")
     yield Row("apex", *_apex(), "fused Adam and norms of Transformer Engine or torch")
     deep_ep = _spec("deep_ep")
-    version = deep_ep and (_version("deep-ep") or "installed")
+    version = (_version("deep-ep") or "installed") if deep_ep else None
     yield Row("DeepEP", version, "flex dispatcher, fixed k (top-k only)", "all-to-all dispatcher")
     hybrid = version if deep_ep is not None and _mentions(deep_ep, "HybridEPBuffer") else None
     yield Row("HybridEP", hybrid, "flex dispatcher, ragged maps", "all-to-all dispatcher")
@@ -245,7 +245,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.missing:
         if _version("megatron_dynmoe") is None:
             print(
-                "doctor: megatron_dynmoe is not installed here; `pip install --no-deps .` comes first.", file=sys.stderr
+                "doctor: megatron_dynmoe is not installed here; `pip install --no-deps . packaging` comes first.", file=sys.stderr
             )
             return 1
         print("".join(f"{line}\n" for line in missing_requirements()), end="")

@@ -29,6 +29,9 @@ memory
     ``torch.cuda.memory_allocated`` and its relatives report the resident size of this process.
 compilation
     ``torch.compile`` runs eagerly: megatron compiles many two-line functions, which costs minutes on a CPU.
+optimizer state
+    Without Transformer Engine and apex megatron falls back to torch's AdamW, whose ``step`` tensors its distributed
+    optimizer does not load: see ``_redirect_optimizer_state``.
 compile_helpers
     On **every** machine: megatron runs ``make`` in ``megatron/core/datasets``, whose Makefile is not in the wheel, and
     exits when that fails, although the wheel has the compiled extension. Skipped where the extension imports.
@@ -152,6 +155,7 @@ def _redirect(undo: ExitStack) -> None:
     _redirect_streams(undo)
     _redirect_random(undo)
     _redirect_memory(undo)
+    _redirect_optimizer(undo)
     eager = torch.compiler.set_stance("force_eager")
     undo.callback(eager.__exit__, None, None, None)
 
@@ -345,6 +349,50 @@ def _redirect_memory(undo: ExitStack) -> None:
         max_memory_reserved=_resident_peak,
         memory_stats=_memory_stats,
     )
+
+
+# ---- the distributed optimizer's first load -------------------------------------------------------------------------
+
+
+def _redirect_optimizer(undo: ExitStack) -> None:
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    state_dict = DistributedOptimizer.state_dict
+
+    @functools.wraps(state_dict)
+    def state_dict_of_started(self: Any) -> dict[str, Any]:
+        if not self.optimizer.state:
+            self._init_optimizer_states_with_dummy_values()  # what megatron does on load where fused Adam is installed
+        return state_dict(self)
+
+    _replace(undo, DistributedOptimizer, state_dict=state_dict_of_started)
+
+
+# ---- optimizer state ------------------------------------------------------------------------------------------------
+
+
+def _redirect_optimizer_state(undo: ExitStack) -> None:
+    """Let megatron's distributed optimizer load a checkpoint into torch's AdamW.
+
+    megatron/core/optimizer/distrib_optimizer.py of 0.19.2 has restored ``step`` (1026) when it copies the loaded tensors of
+    each parameter, but looks for it again among them (1223; absent in the formats that change layout), has put one tensor
+    in the place of all parameters' steps (1032; each parameter would add 1 to it), and copies into float32 parameters,
+    which require a gradient, without ``no_grad`` in the default format (2061).
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    copy_tensors = DistributedOptimizer._set_main_param_and_optimizer_states
+
+    @functools.wraps(copy_tensors)
+    def copy_all_but_step(self: Any, model_param: torch.Tensor, tensors: dict[str, Any]) -> None:
+        group, order = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+        if "step" in state:
+            state["step"] = state["step"].clone()
+        with torch.no_grad():
+            copy_tensors(self, model_param, {**tensors, "step": None})
+
+    _replace(undo, DistributedOptimizer, _set_main_param_and_optimizer_states=copy_all_but_step)
 
 
 # ---- the wheel's missing Makefile -----------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ MODEL = """
     --num-layers 4 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --seq-length 32
     --max-position-embeddings 32 --position-embedding-type rope --normalization RMSNorm --swiglu
     --disable-bias-linear --untie-embeddings-and-output-weights --vocab-size 128 --make-vocab-size-divisible-by 8
-    --num-experts 4 --moe-ffn-hidden-size 48 --moe-token-dispatcher-type alltoall
+    --num-experts 4 --moe-ffn-hidden-size 48 --moe-shared-expert-intermediate-size 16 --moe-layer-freq [1,0,1,1]
+    --moe-token-dispatcher-type alltoall
     --attention-dropout 0 --hidden-dropout 0 --init-method-std 0.2
     --micro-batch-size 2 --global-batch-size 8 --lr 1e-3 --train-iters 100 --clip-grad 1.0
     --eval-iters 0 --eval-interval 1000 --log-interval 1 --num-workers 0 --tokenizer-type NullTokenizer
@@ -27,6 +28,9 @@ LAYOUTS = {
     "tp2-sp-etp1": (2, "--tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 1"),
     "pp2": (2, "--pipeline-model-parallel-size 2"),
     "vpp2": (2, "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"),
+    "allgather": (2, "--expert-model-parallel-size 2 --moe-token-dispatcher-type allgather"),
+    "overlap": (2, "--expert-model-parallel-size 2 --moe-shared-expert-overlap"),
+    "sequential": (2, "--expert-model-parallel-size 2 --moe-expert-backend sequential"),
     "recompute": (1, "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"),
     "recompute-moe": (1, "--recompute-granularity selective --recompute-modules moe"),
     "ep2-distopt": (2, "--expert-model-parallel-size 2 --use-distributed-optimizer"),

@@ -13,7 +13,7 @@ import pytest
 from megatron_dynmoe.demo import __main__ as program
 from megatron_dynmoe.demo import runner, steps
 from megatron_dynmoe.demo.steps import SAVED_AT, DemoError, Machine, Step
-from megatron_dynmoe.demo.summary import summarize, table
+from megatron_dynmoe.demo.summary import sample_of, summarize, table
 
 
 def python(code: str) -> list[str]:
@@ -170,6 +170,12 @@ def test_summary_has_the_named_keys_and_the_right_rows(trained: Path) -> None:
         "sample": "def f():",
     }
     assert "8.000 -> 4.500" in table(summary)
+
+
+def test_sample_begins_at_the_prompt() -> None:
+    assert sample_of(f"Loading weights: 100%\n{steps.PROMPT}    return 1\n") == f"{steps.PROMPT}    return 1"
+    with pytest.raises(DemoError, match="does not repeat the prompt"):
+        sample_of("Loading weights: 100%\n")
 
 
 def test_summary_refuses_a_second_half_that_did_not_resume(trained: Path) -> None:

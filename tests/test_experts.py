@@ -65,6 +65,8 @@ def test_plain_activation():
     fc1, fc2 = torch.randn(2, F, D), torch.randn(2, D, F)
     rows, weights = torch.randn(5, D), torch.rand(5)
     out = grouped_mlp(rows, weights, fc1, fc2, [2, 3], activation=torch.relu, gated=False)
-    expected = torch.cat([torch.relu(rows[:2] @ fc1[0].t()) @ fc2[0].t(), torch.relu(rows[2:] @ fc1[1].t()) @ fc2[1].t()])
+    expected = torch.cat(
+        [torch.relu(rows[:2] @ fc1[0].t()) @ fc2[0].t(), torch.relu(rows[2:] @ fc1[1].t()) @ fc2[1].t()]
+    )
     # the weight is applied before the second product here and after it there: one more rounding of sums of 24 terms
     assert torch.allclose(out, expected * weights.unsqueeze(1), rtol=1e-4, atol=1e-5)

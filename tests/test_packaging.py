@@ -125,6 +125,41 @@ def test_set_up_passes_over_a_python312_that_does_not_run(checkout: Path) -> Non
     assert "setup: making .venv with Python 3.12.1 from pyenv" in done.stdout
 
 
+FAKE_PYTHON = """#!/bin/sh
+echo "$@" >>"$CALLS"
+case "$*" in
+"-m venv .venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python && cp "$UV" .venv/bin/uv ;;
+*"pip config list") printf "%s\\n" "global.extra-index-url='one two'" "install.cert='/certs'" ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("uv_works", [True, False])
+def test_set_up_installs_with_uv_under_pips_settings_else_with_pip_and_once(checkout: Path, uv_works: bool) -> None:
+    python, uv, calls = checkout / "fake-python", checkout / "fake-uv", checkout / "calls"
+    python.write_text(FAKE_PYTHON)
+    uv.write_text(f'#!/bin/sh\necho "uv $UV_INDEX $SSL_CERT_FILE $@" >>"$CALLS"\nexit {0 if uv_works else 2}\n')
+    for tool in ("mkdir", "cp"):
+        (checkout / "bin" / tool).symlink_to(f"/bin/{tool}")
+    for program in (python, uv):
+        program.chmod(0o755)
+    environment = {"PYTHON": str(python), "UV": str(uv), "CALLS": str(calls)}
+
+    done = run_setup(checkout / "tools/setup_venv.sh", PATH=str(checkout / "bin"), **environment)
+
+    assert done.returncode == 0, done.stderr
+    said = calls.read_text().splitlines()
+    wanted = "-c constraints.txt -e .[dev]"
+    assert f"uv one two /certs pip install --python .venv/bin/python {wanted}" in said
+    assert (f"-m pip install {wanted}" in said) == (not uv_works)
+    calls.unlink()
+    again = run_setup(checkout / "tools/setup_venv.sh", PATH=str(checkout / "bin"), **environment)
+    assert (again.returncode, again.stdout, calls.exists()) == (0, "", False)
+    (checkout / "constraints.txt").write_text("changed")
+    run_setup(checkout / "tools/setup_venv.sh", PATH=str(checkout / "bin"), **environment)
+    assert calls.exists()
+
+
 def test_set_up_refuses_a_wrong_python_variable(checkout: Path) -> None:
     done = run_setup(checkout / "tools/setup_venv.sh", PATH=str(checkout / "bin"), PYTHON="/bin/false")
     assert done.returncode != 0

@@ -26,7 +26,7 @@ from megatron_dynmoe.demo.steps import (
     shown,
     training_steps,
 )
-from megatron_dynmoe.demo.summary import summarize, table
+from megatron_dynmoe.demo.summary import sample_of, summarize, table
 
 MARK = ".megatron_dynmoe_demo"  # a folder that holds this file is the demo's own, to be emptied
 
@@ -66,7 +66,7 @@ def demo(folder: Path, *, go_on: bool = False, ranks: int | None = None) -> dict
         runner.run(step)
     for step in training_steps(folder, machine) + model_steps(folder):
         log = runner.run(step)
-    summary = summarize(folder, log.read_text(encoding="utf-8").strip())
+    summary = summarize(folder, sample_of(log.read_text(encoding="utf-8")))
     path = folder / "summary.json"
     beside = path.with_suffix(".new")
     beside.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dynmoe.demo.runner import read_metrics
-from megatron_dynmoe.demo.steps import SAVED_AT, DemoError, metrics_file, shown
+from megatron_dynmoe.demo.steps import PROMPT, SAVED_AT, DemoError, metrics_file, shown
 
 
 def summarize(folder: Path, sample: str) -> dict[str, Any]:
@@ -41,6 +41,20 @@ def summarize(folder: Path, sample: str) -> dict[str, Any]:
         "export": shown(folder / "model"),
         "sample": sample,
     }
+
+
+def sample_of(output: str) -> str:
+    """What the model said: the output of the last step from the prompt on, without the progress of loading before it.
+
+    Raises:
+        DemoError: the prompt is not in it.
+    """
+    _, prompt, continuation = output.rpartition(PROMPT)
+    if not prompt:
+        raise DemoError(
+            f"the output of the last step does not repeat the prompt {PROMPT!r}, so there is no sample in it."
+        )
+    return (prompt + continuation).rstrip()
 
 
 def table(summary: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ import json
 import math
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,7 +56,8 @@ class _Target:
     """The part of a load planner that the reader talks to: where to put one tensor, or one object."""
 
     def __init__(self, tensor: Tensor | None = None):
-        self.tensor, self.object = tensor, None
+        self.tensor = torch.empty(0) if tensor is None else tensor
+        self.object: Any = None
 
     def resolve_tensor(self, item: ReadItem) -> Tensor:
         view = self.tensor

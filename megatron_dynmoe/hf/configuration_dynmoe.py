@@ -58,6 +58,7 @@ class DynMoEHFConfig(LlamaConfig):
 
     def validate_architecture(self):
         """Replaces LLaMA's check: `head_dim` may be independent of `hidden_size` here, and the mixture has its own."""
+        layers = self.moe_layers or []
         checks = [
             (
                 "num_key_value_heads",
@@ -67,7 +68,7 @@ class DynMoEHFConfig(LlamaConfig):
             ("head_dim", self.head_dim % 2 == 0, "an even number"),
             (
                 "moe_layers",
-                len(self.moe_layers) == self.num_hidden_layers and set(self.moe_layers) <= {0, 1},
+                len(layers) == self.num_hidden_layers and set(layers) <= {0, 1},
                 f"a list of {self.num_hidden_layers} zeros and ones",
             ),
             ("num_experts", self.num_experts >= 1, "at least 1"),

@@ -109,11 +109,13 @@ def _moe_fields(args: Namespace) -> dict[str, Any]:
     if not hasattr(args, "moe_rule"):
         # Stock megatron: top-k, by default with a softmax over the chosen logits, which is the same as normalising.
         return fields | {"router_rule": "top-k", "normalize_router_weights": not args.moe_router_pre_softmax}
+    if args.moe_rule == "top-p" and args.moe_top_p is None:
+        raise ExportError("the checkpoint's saved arguments say moe_rule = 'top-p' but no moe_top_p.")
     return fields | {
         "router_rule": args.moe_rule,
-        "top_p_threshold": args.moe_top_p,
+        "top_p_threshold": float(args.moe_top_p or 0.0),
         "max_experts_per_token": args.moe_max_experts_per_token,
-        "normalize_router_weights": args.moe_normalize_weights,
+        "normalize_router_weights": bool(args.moe_normalize_weights),
     }
 
 

@@ -109,7 +109,10 @@ class DynMoESparseMLP(nn.Module):
         _, weights_TE, map_TE = self.router(x_TD)
         out_TD = self.routed(x_TD, weights_TE, map_TE).to(x_TD.dtype)
         if self.shared_expert is not None:
-            out_TD = out_TD + self.shared(x_TD)
+            shared_TD = self.shared_expert(x_TD)
+            if self.shared_expert_gate is not None:
+                shared_TD = shared_TD * self.shared_expert_gate(x_TD).sigmoid()
+            out_TD = out_TD + shared_TD
         return out_TD.view_as(hidden_states)
 
     def routed(self, x_TD, weights_TE, map_TE):
@@ -123,11 +126,6 @@ class DynMoESparseMLP(nn.Module):
             if len(token):
                 out_TD.index_add_(0, token, weight * expert(x_TD[token]).float())
         return out_TD
-
-    def shared(self, x_TD):
-        """Output [T, D] of the expert that every token passes."""
-        out_TD = self.shared_expert(x_TD)
-        return out_TD if self.shared_expert_gate is None else out_TD * self.shared_expert_gate(x_TD).sigmoid()
 
 
 class DynMoEDecoderLayer(LlamaDecoderLayer):

@@ -18,6 +18,7 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, get_expert_parallel_rng_tracker_name
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 from megatron.core.utils import divide
 from torch import Tensor
 
@@ -93,19 +94,41 @@ class TorchGroupedMLP(MegatronModule):
             )
         halves = 2 if self.config.gated_linear_unit else 1
         weights = (("weight1", "linear_fc1", halves, 0), ("weight2", "linear_fc2", 1, 1))
-        return {
-            f"{prefix}{name}": self._factory(
-                getattr(self, name), f"{prefix}experts.{linear}.weight", tuple(sharded_offsets), parts, axis
-            )
+        offsets, experts = tuple(sharded_offsets), f"{prefix}experts."
+        state: dict[str, Any] = {
+            f"{prefix}{name}": self._factory(getattr(self, name), f"{experts}{linear}.weight", offsets, parts, axis)
             for name, linear, parts, axis in weights
         }
+        state[f"{prefix}_extra_state"] = {
+            linear: self._extra_states(f"{experts}{linear}._extra_state", offsets) for _, linear, _, _ in weights
+        }
+        return state
+
+    def get_extra_state(self) -> None:
+        """Nothing: this backend has no state of its own beside its weights."""
+
+    def set_extra_state(self, state: Any) -> None:
+        """Ignores what another backend keeps beside its weights (FP8 scales)."""
+
+    def _extra_states(self, key: str, offsets: tuple) -> list[Any]:
+        # The other backends have one such object an expert and insist on finding it; theirs may be empty as ours.
+        first, experts = self.ep_group.rank() * self.num_local_experts, self.ep_group.size() * self.num_local_experts
+        replica = (0, self.tp_group.rank(), self.dp_group.rank())
+        return [
+            make_sharded_object_for_checkpoint(None, key, (*offsets, (len(offsets), first + index, experts)), replica)
+            for index in range(self.num_local_experts)
+        ]
 
     def _factory(self, weight: Tensor, key: str, offsets: tuple, parts: int, axis: int) -> ShardedTensorFactory:
-        tp_rank, tp_size = self.tp_group.rank(), self.tp_group.size()
-        local, first, experts = self.num_local_experts, self.ep_group.rank() * self.num_local_experts, None
-        experts = self.ep_group.size() * local
+        local = self.num_local_experts
         build = partial(
-            _build, offsets=offsets, first=first, experts=experts, parts=parts, axis=axis, tp=(tp_rank, tp_size)
+            _build,
+            offsets=offsets,
+            first=self.ep_group.rank() * local,
+            experts=self.ep_group.size() * local,
+            parts=parts,
+            axis=axis,
+            tp=(self.tp_group.rank(), self.tp_group.size()),
         )
         # (pipeline, tensor, data) replica: experts are distinct along the tensor axis, copies along expert-data.
         return ShardedTensorFactory(
@@ -159,4 +182,8 @@ def why_not_torch(config: TransformerConfig) -> str | None:
         return "does not interleave gate and up rows"
     if config.activation_func_clamp_value is not None:
         return "does not clamp activations"
+    width = config.moe_ffn_hidden_size // (config.expert_tensor_parallel_size or config.tensor_model_parallel_size)
+    step = 16 // config.params_dtype.itemsize  # grouped_mm reads rows in units of 16 bytes
+    if config.hidden_size % step or width % step:
+        return f"needs --hidden-size and --moe-ffn-hidden-size (a rank's share) in multiples of {step}"
     return None

@@ -69,14 +69,15 @@ def expand_preset(argv: list[str]) -> list[str]:
 
 
 def prepare_argv(argv: list[str]) -> list[str]:
-    """The command line that Megatron parses: preset expanded, softmax before selection as all our gates do it.
+    """The command line that Megatron parses: the preset expanded, and two switches that are always on.
 
-    Megatron refuses k = 1 unless told that probabilities come before selection (transformer_config.py:2329).
+    Megatron refuses k = 1 unless told that probabilities come before selection (transformer_config.py:2329), which is
+    so in all our gates.  On SIGTERM, which Slurm sends before it takes a node back, a run saves and exits.
 
     Raises:
         ConfigError: unknown preset.
     """
-    return ["--moe-router-pre-softmax", *expand_preset(argv)]
+    return ["--moe-router-pre-softmax", "--exit-signal-handler", *expand_preset(argv)]
 
 
 def dynmoe_from_args(args: Namespace) -> DynMoEConfig:

@@ -9,15 +9,18 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.enums import ModelType
 from megatron.core.transformer.moe.moe_logging import set_moe_metrics_tracker
 from megatron.training import get_tokenizer, pretrain
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args, parse_args
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dynmoe import host
 from megatron_dynmoe.config import DynMoEConfig
+from megatron_dynmoe.mcore.checkpoint import check_folder, latest_folder
 from megatron_dynmoe.mcore.specs import dynamic_layer_spec
 from megatron_dynmoe.mcore.tracker import RoutingTracker
 from megatron_dynmoe.training.arguments import add_dynmoe_args, dynmoe_from_args, prepare_argv
@@ -49,12 +52,33 @@ def main(argv: list[str] | None = None, *, check_data: DataCheck | None = None) 
             vocabulary = get_tokenizer().vocab_size
             for prefix in data_prefixes(args):
                 check_data(prefix, vocabulary)
+        check_load(args)
         run(args, dynmoe)
     except ValueError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return _refuse(str(error))
+    except (CheckpointException, CheckpointingException) as error:
+        reason = str(error).strip().splitlines()[-1]
+        return _refuse(f"the checkpoint in {args.load} cannot be loaded or saved: {reason}")
     return 0
+
+
+def _refuse(sentence: str) -> int:
+    if os.environ.get("RANK", "0") == "0":  # every rank finds the same, one of them says it
+        print(f"error: {sentence}", file=sys.stderr, flush=True)
+    return 2
+
+
+def check_load(args: Namespace) -> None:
+    """Look at the checkpoint that ``--load`` names.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    if args.load is None:
+        return
+    folder = latest_folder(args.load, args.ckpt_step)
+    if folder is not None:
+        check_folder(folder)
 
 
 def run(args: Namespace, dynmoe: DynMoEConfig) -> None:

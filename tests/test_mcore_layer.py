@@ -1,0 +1,170 @@
+"""The megatron layer: equal to the reference and to megatron-core's own top-k; what it refuses."""
+
+import torch
+
+from tests import ranks
+
+S, B, D, F, E = 6, 2, 16, 24, 4
+
+
+def _setup():
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    dist.init_process_group("gloo")
+    parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(1)
+
+
+def _config(**extra):
+    import torch.nn.functional as F_
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    return TransformerConfig(
+        **{
+            "num_layers": 1,
+            "hidden_size": D,
+            "num_attention_heads": 2,
+            "num_moe_experts": E,
+            "moe_ffn_hidden_size": F,
+            "ffn_hidden_size": F,
+            "moe_token_dispatcher_type": "alltoall",
+            "add_bias_linear": False,
+            "gated_linear_unit": True,
+            "activation_func": F_.silu,
+            "bias_activation_fusion": False,
+            "moe_router_pre_softmax": True,
+            "normalization": "RMSNorm",
+            "params_dtype": torch.float32,
+        }
+        | extra
+    )
+
+
+def _spec(config):
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    return get_gpt_layer_local_spec(num_experts=config.num_moe_experts, normalization="RMSNorm")
+
+
+def _layer(config, dynmoe):
+    from megatron_dynmoe.mcore.specs import dynamic_layer_spec
+
+    spec = dynamic_layer_spec(_spec(config), dynmoe)
+    layer = spec.submodules.mlp(config=config, layer_number=1)
+    layer.set_layer_number(1)
+    return layer
+
+
+def check_layer_against_reference() -> None:
+    from megatron_dynmoe import reference
+    from megatron_dynmoe.config import DynMoEConfig
+
+    _setup()
+    for dispatcher in ("alltoall", "allgather"):
+        for p in (0.0, 0.4, 1.0):
+            layer = _layer(_config(moe_token_dispatcher_type=dispatcher), DynMoEConfig(top_p=p))
+            with torch.no_grad():
+                layer.router.weight.normal_()
+                layer.experts.weight1.normal_(std=0.3)
+                layer.experts.weight2.normal_(std=0.3)
+            x = torch.randn(S, B, D)
+            out, bias = layer(x)
+            assert bias is None
+            scores = reference.softmax_scores(x.view(-1, D), layer.router.weight)
+            chosen = [reference.top_p_set(row, p) if p < 1 else set(range(E)) for row in scores.tolist()]
+            weights = torch.tensor(
+                [
+                    [s if e in c else 0.0 for e, s in enumerate(row)]
+                    for row, c in zip(scores.tolist(), chosen, strict=True)
+                ]
+            )
+            expected = reference.dense_moe(x.view(-1, D), weights, layer.experts.weight1, layer.experts.weight2)
+            # float32 sums of at most 24 products, three in a row
+            assert torch.allclose(out.view(-1, D), expected, rtol=1e-5, atol=1e-6), (dispatcher, p)
+
+
+def check_top_k_equals_stock() -> None:
+    from megatron_dynmoe.config import DynMoEConfig
+
+    _setup()
+    config = _config(moe_router_topk=2)
+    ours = _layer(config, DynMoEConfig(rule="top-k", topk=2, expert_backend="sequential"))
+    stock = _spec(config).submodules.mlp(config=config, layer_number=1)
+    stock.set_layer_number(1)
+    stock.load_state_dict(ours.state_dict())
+    x = torch.randn(S, B, D)
+    grads = []
+    outs = []
+    for layer in (ours, stock):
+        inputs = x.clone().requires_grad_()
+        out, _ = layer(inputs)
+        out.square().sum().backward()
+        outs.append(out)
+        grads.append([inputs.grad, layer.router.weight.grad, *(p.grad for p in layer.experts.parameters())])
+    # the same float32 operations; the sum over a token's two rows has one order
+    assert torch.allclose(outs[0], outs[1], rtol=1e-6, atol=1e-7)
+    for a, b in zip(*grads, strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def check_backends_load_each_other() -> None:
+    from megatron.core import dist_checkpointing
+
+    from megatron_dynmoe.config import DynMoEConfig
+
+    _setup()
+    import tempfile
+
+    x = torch.randn(S, B, D)
+    for saver in ("torch", "sequential"):
+        for loader in ("torch", "sequential"):
+            first = _layer(_config(), DynMoEConfig(expert_backend=saver))
+            second = _layer(_config(), DynMoEConfig(expert_backend=loader))
+            with tempfile.TemporaryDirectory() as folder:
+                dist_checkpointing.save(first.sharded_state_dict(prefix="mlp."), folder)
+                state = dist_checkpointing.load(second.sharded_state_dict(prefix="mlp."), folder)
+            second.load_state_dict({key.removeprefix("mlp."): value for key, value in state.items()})
+            # one backend's GEMM of a group against the other's GEMM of the same rows: float32, sums of 24 products
+            assert torch.allclose(first(x)[0], second(x)[0], rtol=1e-5, atol=1e-7), (saver, loader)
+
+
+def check_refusals() -> None:
+    import pytest
+
+    from megatron_dynmoe.config import ConfigError, DynMoEConfig
+
+    _setup()
+    refused = [
+        ({"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "deepep"}, {}, "hybridep"),
+        ({"moe_expert_capacity_factor": 1.0}, {}, "dropless"),
+        ({"cuda_graph_impl": "local"}, {}, "attn"),
+        ({"moe_router_load_balancing_type": "sinkhorn"}, {}, "aux_loss"),
+        ({"moe_router_score_function": "sigmoid"}, {}, "--moe-gate"),
+        ({"moe_router_topk": 3}, {"rule": "top-k", "topk": 2}, "DynMoEConfig.topk"),
+        ({}, {"rule": "top-k", "topk": 9}, "1 to 4"),
+        ({}, {"expert_backend": "te"}, "Transformer Engine"),
+    ]
+    for theirs, ours, wanted in refused:
+        with pytest.raises(Exception) as refusal:  # building a layer through a spec may wrap the error
+            _layer(_config(**theirs), DynMoEConfig(**ours))
+        message = str(refusal.value)
+        assert isinstance(refusal.value, ConfigError), message
+        assert wanted in message and "--" in message and "\n" not in message, message
+
+
+def test_layer_equals_the_dense_reference(tmp_path):
+    ranks.call(check_layer_against_reference, ranks=1, folder=tmp_path)
+
+
+def test_top_k_equals_megatron_core(tmp_path):
+    ranks.call(check_top_k_equals_stock, ranks=1, folder=tmp_path)
+
+
+def test_a_checkpoint_moves_between_expert_backends(tmp_path):
+    ranks.call(check_backends_load_each_other, ranks=1, folder=tmp_path)
+
+
+def test_what_cannot_work_is_refused_at_construction(tmp_path):
+    ranks.call(check_refusals, ranks=1, folder=tmp_path)
