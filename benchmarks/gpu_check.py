@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "gpu_check.json"
 ITERATIONS = 100
 LOG_INTERVAL = 5
+STEP_SECONDS = 900  # a step that takes longer hangs
 
 
 class StepError(RuntimeError):
@@ -242,20 +243,31 @@ def run(
         log.open("wb") as file,
         subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT) as child,
     ):
+        deadline = time.monotonic() + STEP_SECONDS
         try:
             while child.poll() is None:
                 time.sleep(1)
                 if watch:
                     watch()
+                if time.monotonic() > deadline:
+                    raise StepError(f"it was ended after {STEP_SECONDS} seconds{last_line(log)}.")
         except BaseException:
-            child.terminate()
-            child.wait()
+            end(child)
             raise
     if show:
         print(log.read_text(errors="replace").rstrip(), flush=True)
     if watch:
         watch()
     return child.returncode
+
+
+def end(child: subprocess.Popen[bytes]) -> None:
+    """Ask a command to end (torchrun passes it on to its rank); make it if it does not."""
+    child.terminate()
+    try:
+        child.wait(timeout=45)  # torchrun gives its ranks 30 s
+    except subprocess.TimeoutExpired:
+        child.kill()
 
 
 class Progress:

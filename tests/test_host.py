@@ -262,8 +262,8 @@ def test_norms_compute_in_float32_and_carry_the_mark(name, dtype):
     centred = wide - wide.mean(-1, keepdim=True) if name == "LayerNorm" else wide
     expected = centred / (centred.square().mean(-1, keepdim=True) + 1e-3).sqrt() * norm.weight.double()
     expected = expected + norm.bias.double() if name == "LayerNorm" else expected
-    # Float32 inside, so the one coarse rounding is that of the result to its dtype (2^-8 in bfloat16). The absolute part
-    # is a few float32 roundings of values around 5, where weight and bias cancel.
+    # Float32 inside, so the one coarse rounding is that of the result to its dtype (2^-8 in bfloat16). The absolute
+    # part is a few float32 roundings of values around 5, where weight and bias cancel.
     tolerance = 1e-6 if dtype == torch.float32 else 2**-8
     assert norm(x).dtype == dtype
     torch.testing.assert_close(norm(x).double(), expected, rtol=tolerance, atol=2e-6)
