@@ -3,6 +3,9 @@
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Rank tests are about layouts and run on gloo everywhere: several ranks cannot share one GPU through NCCL, and CUDA
+# does not survive a fork. Tests that need a GPU run in pytest's own process.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import torch
 

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_dynmoe import host
 from megatron_dynmoe.config import DynMoEConfig
 from megatron_dynmoe.mcore.checkpoint import check_folder, latest_folder
+from megatron_dynmoe.mcore.norm import replace_norms
 from megatron_dynmoe.mcore.specs import dynamic_layer_spec
 from megatron_dynmoe.mcore.tracker import RoutingTracker
 from megatron_dynmoe.training.arguments import add_dynmoe_args, dynmoe_from_args, prepare_argv
@@ -105,5 +106,6 @@ def run(args: Namespace, dynmoe: DynMoEConfig) -> None:
 
 
 def layer_spec(config: GPTModelConfig, vp_stage: int | None = None, *, dynmoe: DynMoEConfig) -> Any:
-    """Megatron's own choice of layer spec for ``config``, with its MoE layers made dynamic."""
-    return dynamic_layer_spec(default_layer_spec(config, vp_stage), dynmoe)
+    """Megatron's own choice of layer spec for ``config``, with its MoE layers made dynamic; dense models stay dense."""
+    spec = default_layer_spec(config, vp_stage)
+    return replace_norms(spec) if config.num_moe_experts is None else dynamic_layer_spec(spec, dynmoe)
