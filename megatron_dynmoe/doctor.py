@@ -245,7 +245,8 @@ def main(argv: list[str] | None = None) -> int:
     if options.missing:
         if _version("megatron_dynmoe") is None:
             print(
-                "doctor: megatron_dynmoe is not installed here; `pip install --no-deps . packaging` comes first.", file=sys.stderr
+                "doctor: megatron_dynmoe is not installed here; `pip install --no-deps . packaging` comes first.",
+                file=sys.stderr,
             )
             return 1
         print("".join(f"{line}\n" for line in missing_requirements()), end="")

@@ -5,6 +5,7 @@ A fork server imports Megatron once; every rank of every run is forked from it, 
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -38,6 +39,9 @@ class Run:
             if time.monotonic() > deadline or (failed_at and time.monotonic() > failed_at + 5):
                 self.kill(signal.SIGKILL)
             time.sleep(0.05)
+        for process in self.processes:  # what a rank started (megatron's checkpoint writer) must not outlive it
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
         return [process.exitcode for process in self.processes]
 
     def kill(self, signum: int) -> None:
@@ -83,6 +87,7 @@ def pretrain(argv: Sequence[str]) -> int:
 
 
 def _rank_main(function: Callable, args: tuple, rank: int, ranks: int, port: int, log: str) -> None:
+    os.setsid()  # a process group of its own, which the test can end as a whole
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(handle, 1)
     os.dup2(handle, 2)

@@ -51,7 +51,9 @@ def check_folder(folder: Path) -> None:
     try:
         storage = FileSystemReader(folder).read_metadata().storage_data
     except Exception as error:  # a damaged pickle can raise anything
-        raise CheckpointError(f"{index} cannot be read ({type(error).__name__}: {error}); the index is damaged.") from error
+        raise CheckpointError(
+            f"{index} cannot be read ({type(error).__name__}: {error}); the index is damaged."
+        ) from error
     pieces = defaultdict(list)
     for piece in storage.values():
         pieces[piece.relative_path].append((piece.offset, piece.length))
@@ -71,4 +73,3 @@ def _check_shard(path: Path, places: list[tuple[int, int]]) -> None:
             # Each piece is a file of torch.save, which is a zip archive.
             if shard.read(2) not in (b"PK", b"\x80\x02", b"\x80\x04"):
                 raise CheckpointError(f"{path} is damaged at byte {offset}; load an earlier one with --ckpt-step.")
-

@@ -8,7 +8,7 @@ from typing import Any
 from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
 from torch import Tensor
 
-from megatron_dynmoe.metrics import RoutingStats, RoutingSummary
+from megatron_dynmoe.metrics import RoutingStats, RoutingSummary, Traffic
 
 # Called on every rank at the end of an interval: (iteration, summary, the training loop's sums) -> further scalars.
 IntervalHook = Callable[[int, RoutingSummary, dict[str, Any]], dict[str, float]]
@@ -45,9 +45,13 @@ class RoutingTracker(MoEMetricsTracker):
         self.copies, self.log_interval = copies, log_interval
         self.loss_names, self.on_interval = loss_names, on_interval
 
-    def observe(self, layer: int, map_TE: Tensor, *, training: bool = True) -> None:
+    def observe(self, layer: int, map_TE: Tensor, cut: Tensor, *, training: bool = True) -> None:
         """Count the routing of one micro-batch at layer ``layer`` (from 0); evaluation is counted apart."""
-        (self.stats if training else self.evaluation_stats).add(layer, map_TE)
+        (self.stats if training else self.evaluation_stats).add(layer, map_TE, cut)
+
+    def observe_traffic(self, traffic: Traffic) -> None:
+        """Count what one dispatch puts on the wire."""
+        self.stats.traffic += traffic
 
     def report(self, loss_scale: float, iteration: int, *args: Any, **kwargs: Any) -> str:
         """megatron-core's report of the losses; at the end of an interval, ours of the routing as well."""
