@@ -48,7 +48,6 @@ class VariableKAllToAllDispatcher(MoETokenDispatcher):
         self.unit = unit
         self.pending: PendingPlan | None = None
         self.transport: Transport | None = None
-        self.layer = 0  # from 0, for the log; set by the MoE layer
 
     def begin(self, routing_map: Tensor) -> None:
         """Send the counts on their way as soon as the map exists; what follows in the router runs meanwhile."""

@@ -61,8 +61,11 @@ class DynMoELayer(MoELayer):
 
     @property
     def _defers(self) -> bool:
-        # CUDA graphs of the router's part take the shared experts' output as one of their results: not deferred then.
-        return isinstance(self.token_dispatcher, VariableKAllToAllDispatcher) and self.config.cuda_graph_impl == "none"
+        # CUDA graphs of the router's part, and the schedule that interleaves two micro-batches, take the shared experts'
+        # output as a result of the router's part: not deferred then.
+        ours = isinstance(self.token_dispatcher, VariableKAllToAllDispatcher)
+        plain = self.config.cuda_graph_impl == "none" and not self.config.overlap_moe_expert_parallel_comm
+        return ours and plain
 
     def local_compute(self, hidden_states: Tensor) -> Tensor | None:
         """What needs no other rank, [S, B, D] to [S, B, D] or ``None``: here the shared experts.
