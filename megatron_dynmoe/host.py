@@ -31,7 +31,7 @@ compilation
     ``torch.compile`` runs eagerly: megatron compiles many two-line functions, which costs minutes on a CPU.
 optimizer state
     Without Transformer Engine and apex megatron falls back to torch's AdamW, whose ``step`` tensors its distributed
-    optimizer does not load: see ``_redirect_optimizer_state``.
+    optimizer cannot load: see ``_redirect_optimizer``.
 compile_helpers
     On **every** machine: megatron runs ``make`` in ``megatron/core/datasets``, whose Makefile is not in the wheel, and
     exits when that fails, although the wheel has the compiled extension. Skipped where the extension imports.
@@ -42,7 +42,7 @@ local norms refuse sequence parallelism (``megatron_dynmoe.mcore.norm`` has norm
 """
 
 import functools
-import importlib
+import importlib.util
 import logging
 import resource
 import sys
@@ -118,14 +118,16 @@ def enabled() -> Iterator[bool]:
 
 
 def default_flags() -> list[str]:
-    """Flags megatron's parser needs on this machine; ``[]`` where CUDA is. They belong before the user's own.
+    """Flags megatron's parser needs on this machine. They belong before the user's own, which then win.
 
-    They name the communication backend and the implementations without Transformer Engine, apex and CUDA kernels.
+    Without Transformer Engine, megatron's own implementations, and none of the kernels that apex and CUDA extensions
+    bring; without CUDA, gloo as well. ``[]`` where Transformer Engine is.
     """
-    if _cuda_is_available():
-        return []
+    flags = [] if _cuda_is_available() else ["--distributed-backend", "gloo"]
+    if _cuda_is_available() and importlib.util.find_spec("transformer_engine") is not None:
+        return flags
     return [
-        *("--distributed-backend", "gloo"),
+        *flags,
         *("--transformer-impl", "local"),
         *("--attention-backend", "unfused"),
         "--no-persist-layer-norm",
@@ -351,37 +353,28 @@ def _redirect_memory(undo: ExitStack) -> None:
     )
 
 
-# ---- the distributed optimizer's first load -------------------------------------------------------------------------
+# ---- optimizer state ------------------------------------------------------------------------------------------------
 
 
 def _redirect_optimizer(undo: ExitStack) -> None:
+    """Let megatron's distributed optimizer load a checkpoint into torch's AdamW.
+
+    Four things are in the way in megatron/core/optimizer/distrib_optimizer.py of 0.19.2. ``state_dict``, which loading
+    asks for the structure to fill, wants a ``step`` before there was one (839). Loading then puts one tensor in the
+    place of all parameters' steps (1032), to which each of them would add 1. When it copies the tensors of a parameter,
+    it looks for ``step`` among them (1223), but the formats that may change layout leave it out. And in the default
+    format it copies into float32 parameters without ``no_grad`` (2061).
+    """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     state_dict = DistributedOptimizer.state_dict
+    copy_tensors = DistributedOptimizer._set_main_param_and_optimizer_states
 
     @functools.wraps(state_dict)
     def state_dict_of_started(self: Any) -> dict[str, Any]:
         if not self.optimizer.state:
             self._init_optimizer_states_with_dummy_values()  # what megatron does on load where fused Adam is installed
         return state_dict(self)
-
-    _replace(undo, DistributedOptimizer, state_dict=state_dict_of_started)
-
-
-# ---- optimizer state ------------------------------------------------------------------------------------------------
-
-
-def _redirect_optimizer_state(undo: ExitStack) -> None:
-    """Let megatron's distributed optimizer load a checkpoint into torch's AdamW.
-
-    megatron/core/optimizer/distrib_optimizer.py of 0.19.2 has restored ``step`` (1026) when it copies the loaded tensors of
-    each parameter, but looks for it again among them (1223; absent in the formats that change layout), has put one tensor
-    in the place of all parameters' steps (1032; each parameter would add 1 to it), and copies into float32 parameters,
-    which require a gradient, without ``no_grad`` in the default format (2061).
-    """
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-
-    copy_tensors = DistributedOptimizer._set_main_param_and_optimizer_states
 
     @functools.wraps(copy_tensors)
     def copy_all_but_step(self: Any, model_param: torch.Tensor, tensors: dict[str, Any]) -> None:
@@ -392,7 +385,12 @@ def _redirect_optimizer_state(undo: ExitStack) -> None:
         with torch.no_grad():
             copy_tensors(self, model_param, {**tensors, "step": None})
 
-    _replace(undo, DistributedOptimizer, _set_main_param_and_optimizer_states=copy_all_but_step)
+    _replace(
+        undo,
+        DistributedOptimizer,
+        state_dict=state_dict_of_started,
+        _set_main_param_and_optimizer_states=copy_all_but_step,
+    )
 
 
 # ---- the wheel's missing Makefile -----------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def load_balance_loss(scores_TE: Tensor, *, rows_E: Tensor, num_tokens: Tensor | float) -> Tensor:
-    """L_b = E * sum_i f_i Q_i (Huang et al. 2024, eq. 6; with one expert a token it is Switch's, arXiv 2101.03961, eq. 4).
+    """L_b = E * sum_i f_i Q_i (Huang et al. 2024, eq. 6; at one expert a token Switch, arXiv 2101.03961, eq. 4).
 
     f_i is the fraction of tokens whose set contains expert i, Q_i the mean score of expert i.  There is no division by
     the number of experts a token visits.

@@ -19,7 +19,7 @@ SHARED_FLAGS = """
     --norm-epsilon 1e-4 --disable-bias-linear --attention-dropout 0 --hidden-dropout 0 --init-method-std 0.2
     --num-experts 4 --moe-ffn-hidden-size 24 --moe-token-dispatcher-type alltoall --expert-tensor-parallel-size 1
     --tokenizer-type NullTokenizer --micro-batch-size 1 --lr 1e-3
-""".split()  # noqa: SIM905
+""".split()
 # One case per layout; together they cover both forms of keys, both rules, and the options of attention and embedding.
 CASES = {
     "ep2": (

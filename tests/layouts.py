@@ -13,13 +13,13 @@ MODEL = """
     --num-experts 4 --moe-ffn-hidden-size 48 --moe-shared-expert-intermediate-size 16 --moe-layer-freq [1,0,1,1]
     --moe-token-dispatcher-type alltoall
     --attention-dropout 0 --hidden-dropout 0 --init-method-std 0.2
-    --micro-batch-size 2 --global-batch-size 8 --lr 1e-3 --train-iters 100 --clip-grad 1.0
+    --micro-batch-size 2 --global-batch-size 8 --train-iters 100 --lr 1e-3 --clip-grad 1.0
     --eval-iters 0 --eval-interval 1000 --log-interval 1 --num-workers 0 --tokenizer-type NullTokenizer
     --ckpt-format torch_dist --mock-data --split 100,0,0 --dist-ckpt-optim-fully-reshardable
     --moe-preset dynamic-moe --moe-z-loss-coeff 1e-3
 """.split()
 
-# name -> (ranks, flags)
+# name -> (ranks, flags); a checkpoint is handed on in this order
 LAYOUTS = {
     "serial": (1, ""),
     "dp2": (2, ""),
@@ -33,7 +33,6 @@ LAYOUTS = {
     "sequential": (2, "--expert-model-parallel-size 2 --moe-expert-backend sequential"),
     "recompute": (1, "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"),
     "recompute-moe": (1, "--recompute-granularity selective --recompute-modules moe"),
-    "ep2-distopt": (2, "--expert-model-parallel-size 2 --use-distributed-optimizer"),
     "tp2-ep2": (
         4,
         "--tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 2 "
@@ -41,10 +40,19 @@ LAYOUTS = {
     ),
 }
 
+# The distributed optimizer keeps its state in a format of its own; layouts that use it hand over among themselves.
+DISTRIBUTED_OPTIMIZER = {
+    "serial-distopt": (1, "--use-distributed-optimizer"),  # first: initial weights depend on the layout
+    "ep2-distopt": (2, "--expert-model-parallel-size 2 --use-distributed-optimizer"),
+    "pp2-distopt": (2, "--pipeline-model-parallel-size 2 --use-distributed-optimizer"),
+    "tp2-ep2-distopt": (4, LAYOUTS["tp2-ep2"][1] + " --use-distributed-optimizer"),
+    "dp2-distopt": (2, "--use-distributed-optimizer"),
+}
+
 
 def flags(layout: str, *extra: str) -> list[str]:
     """The command line of one layout."""
-    return [*MODEL, *LAYOUTS[layout][1].split(), *extra]
+    return [*MODEL, *(LAYOUTS | DISTRIBUTED_OPTIMIZER)[layout][1].split(), *extra]
 
 
 def read_metrics(path: Path) -> list[dict]:

@@ -6,10 +6,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-torch.set_num_threads(1)
-
 from megatron_dynmoe import host
 
+torch.set_num_threads(1)
 host.enable()
 
 import megatron_dynmoe.training.pretrain  # noqa: E402, F401

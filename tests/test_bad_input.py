@@ -63,7 +63,7 @@ def test_index_missing_or_truncated(tmp_path, damage):
     else:
         index.write_bytes(index.read_bytes()[:-9])
     message = refused(tmp_path / "run", *data_flags(prefix), without=("--mock-data",))
-    assert str(index) in message and damage in message or "does not exist" in message
+    assert str(index) in message
 
 
 def test_tokenizer_does_not_match_the_data(tmp_path):

@@ -288,7 +288,7 @@ def is_running(pid: int) -> bool:
         ({"inputs": ["."]}, "holds no training shard"),
         ({"inputs": ["empty.jsonl"]}, "holds no document"),
         ({"inputs": ["bad.jsonl"]}, r"the first of 1 bad lines is bad\.jsonl:1: blank"),
-        ({"output_prefix": "folder"}, "folder: is a folder"),
+        ({"output_prefix": "folder/"}, "folder/: is a folder"),
     ],
 )
 def test_refusals(options, reason, shard, tokenizer, tmp_path, monkeypatch):

@@ -145,7 +145,7 @@ def test_uneven_gather_and_its_reverse(tmp_path):
 
 
 def test_plan_waits_for_the_device_once(monkeypatch):
-    """``Tensor.tolist``, ``item``, ``cpu``, ``nonzero`` and ``bool`` wait on CUDA; the plan may use one of them once."""
+    """``Tensor.tolist``, ``item``, ``cpu``, ``nonzero`` and ``bool`` wait on CUDA; the plan may use one once."""
     from megatron_dynmoe.routing import RoutePlan
 
     waits = []

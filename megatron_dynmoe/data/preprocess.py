@@ -175,7 +175,8 @@ def _beside(prefix: str) -> Iterator[dict[str, Path]]:
 
 
 def _check_options(prefix: str, workers: int, max_bad_lines: int | None, overwrite: bool) -> None:
-    if Path(prefix).is_dir() or not Path(prefix).name:
+    # A folder beside the files may have the prefix's name: Megatron keeps its sample indices in PREFIX/cache.
+    if prefix.endswith(("/", os.sep)) or not Path(prefix).name:
         raise DataError(
             f"{prefix}: is a folder; the output prefix must end in a file name, to which .bin and .idx are added."
         )

@@ -24,8 +24,8 @@ PROMPT = "def read_lines(path):\n"
 
 CORPUS_MEGABYTES = 24
 VOCABULARY = 4096
-ITERATIONS = 160
-SAVED_AT = 80
+ITERATIONS = 320
+SAVED_AT = 160
 
 MODEL: dict[str, Any] = {
     "num-layers": 4,
@@ -47,20 +47,22 @@ MODEL: dict[str, Any] = {
 }
 
 TRAINING: dict[str, Any] = {
-    "micro-batch-size": 8,
-    "global-batch-size": 16,
+    # Small batches and a high rate: what lowers the loss fastest in the three minutes that there are.
+    "micro-batch-size": 4,
+    "global-batch-size": 8,
     "train-iters": ITERATIONS,
-    "lr": 3e-3,
-    "min-lr": 3e-4,
+    "init-method-std": 0.05,
+    "lr": 6e-3,
+    "min-lr": 6e-4,
     "lr-decay-style": "cosine",
-    "lr-warmup-iters": 20,
+    "lr-warmup-iters": 30,
     "weight-decay": 0.1,
     "clip-grad": 1.0,
     "adam-beta2": 0.95,
     "seed": 1234,
     "log-interval": 10,
     "eval-interval": 100 * ITERATIONS,
-    "eval-iters": 8,
+    "eval-iters": 16,
     "save-interval": SAVED_AT,
     "ckpt-format": "torch_dist",
     "num-workers": 0,

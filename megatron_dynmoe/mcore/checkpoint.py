@@ -51,9 +51,7 @@ def check_folder(folder: Path) -> None:
     try:
         storage = FileSystemReader(folder).read_metadata().storage_data
     except Exception as error:  # a damaged pickle can raise anything
-        raise CheckpointError(
-            f"{index} cannot be read ({type(error).__name__}: {error}); the index is damaged."
-        ) from error
+        raise CheckpointError(f"{index} cannot be read ({type(error).__name__}); the index is damaged.") from error
     pieces = defaultdict(list)
     for piece in storage.values():
         pieces[piece.relative_path].append((piece.offset, piece.length))

@@ -1,0 +1,77 @@
+#!/usr/bin/env bash
+# Pretrain the Dynamic MoE paper's model (arXiv 2403.07652; 3.5B parameters, 16 experts a layer, p = 0.4) on 8 GPUs.
+#
+#   DATA="0.7 data/cc 0.3 data/code" TOKENIZER=llama2/tokenizer.model SAVE=runs/dynamic_moe examples/dynamic_moe_24l.sh
+#
+#   DATA       indexed datasets without .bin/.idx, each with its weight before it, or one alone
+#   TOKENIZER  what the data was tokenized with: a SentencePiece .model, or a Hugging Face folder
+#   SAVE       where checkpoints and curves go; training resumes from there if it holds a checkpoint
+#
+# Flags of your own come after and win:  examples/dynamic_moe_24l.sh --micro-batch-size 4 --moe-max-experts-per-token 8
+# GPUS (8) is the number of GPUs of a node, TRAIN_ITERS the length of training. Several nodes: slurm_dynamic_moe_24l.sh.
+# Without Transformer Engine: TRANSFORMER_IMPL=local, which computes the experts with torch's grouped GEMM.
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+refuse() { echo "$(basename "$0"): $*" >&2; exit 2; }
+
+[[ -n ${DATA:-} ]] || refuse "DATA is not set; give the indexed dataset(s), as in DATA=\"0.7 data/cc 0.3 data/code\"."
+[[ -n ${TOKENIZER:-} ]] || refuse "TOKENIZER is not set; give the SentencePiece .model or the Hugging Face folder of the data."
+[[ -n ${SAVE:-} ]] || refuse "SAVE is not set; give the folder for checkpoints."
+read -ra data <<<"$DATA"
+for word in "${data[@]}"; do
+    [[ $word =~ ^[0-9.]+$ || -f $word.idx ]] || refuse "DATA names $word, but there is no $word.idx."
+done
+if [[ -f $TOKENIZER ]]; then
+    tokenizer=SentencePieceTokenizer
+elif [[ -d $TOKENIZER ]]; then
+    tokenizer=HuggingFaceTokenizer
+else
+    refuse "TOKENIZER is $TOKENIZER, which does not exist."
+fi
+impl=${TRANSFORMER_IMPL:-transformer_engine}
+case $impl in
+    transformer_engine) kernels=(--moe-grouped-gemm --moe-permute-fusion --cross-entropy-loss-fusion) ;;
+    local) kernels=(--no-persist-layer-norm --no-gradient-accumulation-fusion --no-rope-fusion) ;;
+    *) refuse "TRANSFORMER_IMPL is $impl; accepted: transformer_engine or local." ;;
+esac
+
+# The paper's model: shared with the test that counts its parameters. One flag a line, comments with #.
+mapfile -t model < <(sed 's/#.*//' "$here/models/dynamic_moe_24l.args" | xargs -n 1)
+
+# The paper says 100B tokens of RedPajama. The rest of this list is our choice: 512 sequences of 2048 are 2^20 tokens a
+# step, so 95368 steps; rates as usual for LLaMA models of this size.
+iterations=${TRAIN_ITERS:-95368}
+training=(
+    --micro-batch-size 8 --global-batch-size 512 --train-iters "$iterations"
+    --lr 3e-4 --min-lr 3e-5 --lr-decay-style cosine --lr-warmup-iters $((iterations / 50))
+    --weight-decay 0.1 --adam-beta1 0.9 --adam-beta2 0.95 --clip-grad 1.0
+    --eval-interval 1000 --eval-iters 20 --seed 1234
+)
+
+# Experts are spread over 8 ranks; all else is data parallel, the optimizer's state sharded.
+layout=(
+    --bf16 --transformer-impl "$impl" "${kernels[@]}"
+    --expert-model-parallel-size 8 --moe-token-dispatcher-type alltoall
+    --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
+)
+
+# Fully reshardable: resume on another number of GPUs, or with another layout.
+files=(
+    --data-path "${data[@]}" --split 998,1,1 --data-cache-path "$SAVE/index_cache"
+    --tokenizer-type "$tokenizer" --tokenizer-model "$TOKENIZER"
+    --save "$SAVE" --load "$SAVE" --save-interval 1000
+    --ckpt-format torch_dist --dist-ckpt-optim-fully-reshardable
+    --log-interval 10 --tensorboard-dir "$SAVE/tensorboard" --moe-metrics-file "$SAVE/metrics.jsonl"
+)
+
+if [[ -n ${RDZV_ENDPOINT:-} ]]; then # set by the Slurm script: host:port where the nodes meet
+    nodes=(--nnodes "$NNODES" --rdzv-backend c10d --rdzv-endpoint "$RDZV_ENDPOINT" --rdzv-id "$RDZV_ID")
+else
+    nodes=(--standalone)
+fi
+
+[[ -x $here/../.venv/bin/torchrun ]] && made=$here/../.venv/bin/torchrun # the checkout's own, if `make` has built it
+export PYTHONPATH="$here/..${PYTHONPATH:+:$PYTHONPATH}"
+exec "${TORCHRUN:-${made:-torchrun}}" "${nodes[@]}" --nproc-per-node "${GPUS:-8}" "$here/pretrain_dynmoe.py" \
+    "${model[@]}" "${training[@]}" "${layout[@]}" "${files[@]}" "$@"

@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# The Dynamic MoE paper's model on several nodes of 8 GPUs, through Slurm. From the repository's root:
+#
+#   DATA=... TOKENIZER=... SAVE=... sbatch --nodes 4 examples/slurm_dynamic_moe_24l.sh [flags of your own]
+#
+# One task a node runs torchrun; the nodes meet at the first of them (c10d). Two minutes before the time is up, or when
+# the job is preempted, Slurm sends SIGTERM to every process: the ranks finish their iteration, save and exit. The job
+# then queues itself again, and resumes from SAVE, as long as it got further than the time before.
+# Partition, account and container are your cluster's: give them to sbatch.
+#SBATCH --job-name=dynamic_moe_24l
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --time=24:00:00
+#SBATCH --signal=TERM@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+set -euo pipefail
+
+refuse() { echo "slurm_dynamic_moe_24l.sh: $*" >&2; exit 2; }
+[[ -n ${SLURM_JOB_ID:-} ]] || refuse "this is no Slurm job; start it with sbatch."
+[[ -n ${SAVE:-} ]] || refuse "SAVE is not set; give a folder that all nodes see."
+# sbatch runs a copy of this file from elsewhere, so the folder of submission is all it knows of the checkout.
+cd "$SLURM_SUBMIT_DIR"
+[[ -f examples/dynamic_moe_24l.sh ]] || refuse "$PWD has no examples/dynamic_moe_24l.sh; run sbatch in the repository's root."
+
+saved() { # the iteration of the newest checkpoint, 0 before the first
+    local tracker=$SAVE/latest_checkpointed_iteration.txt
+    if [[ -f $tracker ]]; then cat "$tracker"; else echo 0; fi
+}
+
+export TRAIN_ITERS=${TRAIN_ITERS:-95368}
+export NNODES=$SLURM_JOB_NUM_NODES
+read -r first_node < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+export RDZV_ENDPOINT=$first_node:$((20000 + SLURM_JOB_ID % 10000))
+export RDZV_ID=$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0} # a requeued job must not find the one before it
+# torchrun kills ranks 30 s after SIGTERM unless told to wait; leave them what Slurm leaves.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-110}
+
+before=$(saved) code=0
+# torchrun ends with an error after SIGTERM, also when its ranks saved and left in good order.
+srun --kill-on-bad-exit=1 bash examples/dynamic_moe_24l.sh "$@" || code=$?
+after=$(saved)
+
+if ((after >= TRAIN_ITERS)); then
+    echo "finished: $after of $TRAIN_ITERS iterations, saved in $SAVE"
+elif ((after > before)); then
+    echo "saved at iteration $after of $TRAIN_ITERS; queueing again"
+    scontrol requeue "$SLURM_JOB_ID"
+else
+    refuse "stopped at iteration $after of $TRAIN_ITERS with no new checkpoint (exit code $code); not queueing again."
+fi

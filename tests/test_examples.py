@@ -1,0 +1,194 @@
+"""The example scripts: what they hand to torchrun, what they refuse, and when the Slurm job queues itself again.
+
+``torchrun``, ``srun`` and ``scontrol`` are stood in for by a few lines of shell that write down how they were called.
+"""
+
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests import ranks
+from tests.layouts import read_metrics
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+# Writes its arguments, one a line, and the checkpoint that the test wants a training to leave.
+TORCHRUN = """#!/bin/bash
+printf '%s\\n' "$@" >"$STUB/torchrun.args"
+[ -z "$STUB_SAVES" ] || { mkdir -p "$SAVE"; echo "$STUB_SAVES" >"$SAVE/latest_checkpointed_iteration.txt"; }
+exit "${STUB_CODE:-0}"
+"""
+SRUN = """#!/bin/bash
+while [[ $1 == --* ]]; do shift; done
+exec "$@"
+"""
+SCONTROL = """#!/bin/bash
+[ "$1" = show ] && printf 'node7\\nnode8\\n' || echo "$@" >>"$STUB/scontrol.calls"
+"""
+
+
+@pytest.fixture
+def stub(tmp_path) -> Path:
+    """A folder with the stand-ins, an indexed dataset's name and a tokenizer's."""
+    for name, text in (("torchrun", TORCHRUN), ("srun", SRUN), ("scontrol", SCONTROL)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "text.idx").touch()
+    (tmp_path / "tokenizer.model").touch()
+    return tmp_path
+
+
+def run(script: str, stub: Path, *flags: str, **environment: str) -> subprocess.CompletedProcess:
+    given = {
+        "STUB": str(stub),
+        "TORCHRUN": str(stub / "torchrun"),
+        "PATH": f"{stub}:{os.environ['PATH']}",
+    } | environment
+    command = ["bash", str(EXAMPLES / script), *flags]
+    return subprocess.run(command, env=os.environ | given, capture_output=True, text=True, timeout=30)
+
+
+def paper_environment(stub: Path) -> dict[str, str]:
+    return {
+        "DATA": f"0.7 {stub}/text 0.3 {stub}/text",
+        "TOKENIZER": str(stub / "tokenizer.model"),
+        "SAVE": str(stub / "save"),
+    }
+
+
+def torchrun_args(stub: Path) -> tuple[list[str], list[str]]:
+    """What torchrun was called with: its own arguments, and those of the training entry."""
+    words = (stub / "torchrun.args").read_text().splitlines()
+    entry = words.index(str(EXAMPLES / "pretrain_dynmoe.py"))
+    return words[:entry], words[entry + 1 :]
+
+
+def contains(words: list[str], part: list[str]) -> bool:
+    """Whether ``part`` stands in ``words`` in one piece."""
+    return any(words[i : i + len(part)] == part for i in range(len(words)))
+
+
+def parse_for_eight_gpus(argv: list[str]) -> None:
+    """In a rank: Megatron's parser and its checks accept the command line on 8 ranks."""
+    import sys
+
+    from megatron.training.arguments import parse_args, validate_args
+
+    from megatron_dynmoe.training.arguments import add_dynmoe_args, dynmoe_from_args, prepare_argv
+
+    os.environ["WORLD_SIZE"] = "8"
+    sys.argv[1:] = prepare_argv(argv)
+    args = parse_args(add_dynmoe_args)
+    dynmoe = dynmoe_from_args(args)
+    validate_args(args)
+    assert (dynmoe.rule, dynmoe.top_p, dynmoe.load_balance_coeff, dynmoe.entropy_coeff) == ("top-p", 0.4, 1e-2, 1e-4)
+    assert (args.data_parallel_size, args.expert_model_parallel_size, args.num_experts) == (8, 8, 16)
+    assert args.bf16 and args.use_distributed_optimizer and args.dist_ckpt_optim_fully_reshardable
+    step = args.global_batch_size * args.seq_length
+    assert 0 <= args.train_iters * step - 100e9 < step  # the paper's 100B tokens, in whole steps
+
+
+def test_paper_model_is_the_shared_file(stub):
+    done = run("dynamic_moe_24l.sh", stub, "--micro-batch-size", "4", **paper_environment(stub))
+    assert done.returncode == 0, done.stderr
+    own, flags = torchrun_args(stub)
+    model = shlex.split((EXAMPLES / "models" / "dynamic_moe_24l.args").read_text(), comments=True)
+    assert flags[: len(model)] == model
+    assert own == ["--standalone", "--nproc-per-node", "8"]
+    assert flags[-2:] == ["--micro-batch-size", "4"]  # the user's own stand last, and win
+    assert contains(flags, ["--data-path", "0.7", f"{stub}/text", "0.3", f"{stub}/text"])
+    assert contains(flags, ["--tokenizer-type", "SentencePieceTokenizer"])
+    for flag in ("--moe-grouped-gemm", "--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable"):
+        assert flag in flags
+
+
+@pytest.mark.parametrize("impl", ["local", "transformer_engine"])
+def test_megatron_accepts_the_paper_flags(stub, impl):
+    done = run("dynamic_moe_24l.sh", stub, TRANSFORMER_IMPL=impl, **paper_environment(stub))
+    assert done.returncode == 0, done.stderr
+    ranks.call(parse_for_eight_gpus, torchrun_args(stub)[1], ranks=1, folder=stub / "parse")
+
+
+@pytest.mark.parametrize("name", ["DATA", "TOKENIZER", "SAVE"])
+def test_missing_setting_is_one_sentence(stub, name):
+    environment = paper_environment(stub) | {name: ""}
+    done = run("dynamic_moe_24l.sh", stub, **environment)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"dynamic_moe_24l.sh: {name} is not set") and done.stderr.count("\n") == 1
+    assert not (stub / "torchrun.args").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("DATA", "1.0 nowhere", "there is no nowhere.idx"),
+        ("TOKENIZER", "nowhere.model", "TOKENIZER is nowhere.model, which does not exist"),
+        ("TRANSFORMER_IMPL", "fast", "TRANSFORMER_IMPL is fast; accepted: transformer_engine or local"),
+    ],
+)
+def test_wrong_setting_is_one_sentence(stub, name, value, says):
+    done = run("dynamic_moe_24l.sh", stub, **(paper_environment(stub) | {name: value}))
+    assert done.returncode == 2
+    assert says in done.stderr and done.stderr.count("\n") == 1
+
+
+def slurm(stub: Path, **extra: str) -> subprocess.CompletedProcess:
+    environment = {
+        "SLURM_JOB_ID": "123456",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_JOB_NODELIST": "node[7-8]",
+        "SLURM_SUBMIT_DIR": str(EXAMPLES.parent),
+        "TRAIN_ITERS": "100",
+    }
+    return run("slurm_dynamic_moe_24l.sh", stub, **(paper_environment(stub) | environment | extra))
+
+
+def requeued(stub: Path) -> bool:
+    calls = stub / "scontrol.calls"
+    return calls.exists() and calls.read_text() == "requeue 123456\n"
+
+
+def test_slurm_nodes_meet_at_the_first(stub):
+    done = slurm(stub, STUB_SAVES="100")
+    assert done.returncode == 0, done.stderr
+    own, flags = torchrun_args(stub)
+    assert contains(own, ["--nnodes", "2"]) and contains(own, ["--rdzv-backend", "c10d"])
+    assert contains(own, ["--rdzv-endpoint", "node7:23456"]) and contains(own, ["--rdzv-id", "123456-0"])
+    assert contains(flags, ["--train-iters", "100"])
+    assert "finished: 100 of 100" in done.stdout and not requeued(stub)
+
+
+def test_slurm_queues_again_after_progress(stub):
+    # torchrun ends with 1 when SIGTERM reached it, whatever its ranks saved
+    done = slurm(stub, STUB_SAVES="40", STUB_CODE="1")
+    assert done.returncode == 0, done.stderr
+    assert "saved at iteration 40 of 100" in done.stdout and requeued(stub)
+
+
+def test_slurm_stops_without_progress(stub):
+    assert slurm(stub, STUB_SAVES="40").returncode == 0
+    (stub / "scontrol.calls").unlink()
+    done = slurm(stub, STUB_SAVES="40", STUB_CODE="1")  # it crashes before the next checkpoint
+    assert done.returncode == 2 and not requeued(stub)
+    assert "no new checkpoint (exit code 1)" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_laptop_trains(stub):
+    assert run("laptop.sh", stub).returncode == 0
+    own, flags = torchrun_args(stub)
+    assert own == ["--standalone", "--nproc-per-node", "2"]
+    metrics = stub / "metrics.jsonl"
+    ranks.call(ranks.pretrain, [*flags, "--moe-metrics-file", str(metrics)], ranks=2, folder=stub / "laptop")
+    records = read_metrics(metrics)
+    assert [record["iteration"] for record in records] == [10, 20, 30, 40]
+    # made-up text that counts upwards: a model that learns at all learns it fast
+    assert records[-1]["lm_loss"] < records[0]["lm_loss"] / 2
+    assert all(1 < record["experts_per_token"] < 4 for record in records)
+
+
+def test_laptop_refuses_ranks_that_do_not_divide(stub):
+    done = run("laptop.sh", stub, RANKS="3")
+    assert done.returncode == 2 and "RANKS is 3; accepted: 1, 2 or 4" in done.stderr

@@ -1,0 +1,60 @@
+"""What a run says: console, TensorBoard, metrics file; and that the numbers are those of the routing."""
+
+import json
+import re
+
+import pytest
+
+from tests import ranks
+from tests.layouts import flags
+
+
+@pytest.fixture(scope="module")
+def logged(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("logged")
+    places = ["--tensorboard-dir", str(folder / "tb"), "--moe-metrics-file", str(folder / "metrics.jsonl")]
+    extra = ["--exit-interval", "4", "--log-interval", "2", "--moe-per-layer-logging", "--log-throughput"]
+    run = ranks.call(ranks.pretrain, flags("serial", *places, *extra), ranks=1, folder=folder)
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return run.output(), records, folder / "tb"
+
+
+def test_console(logged):
+    output, _, _ = logged
+    line = next(line for line in output.splitlines() if "iteration        4/" in line)
+    for name in ("experts per token", "experts per token p99", "load imbalance", "activated parameters", "rows sent"):
+        assert re.search(rf"{name}: [0-9.e+]+ \|", line), name
+    for name in ("routed TFLOP/s/GPU", "load_balancing_loss", "entropy_loss", "z_loss"):
+        assert name in line, name
+
+
+def test_tensorboard_has_each_layer(logged):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(logged[2]))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {"experts_per_token", "load_imbalance", "rows_sent", "activated_parameters"} <= tags
+    for layer in (0, 2, 3):  # layer 1 is dense
+        for name in ("load_balancing_loss", "entropy_loss", "z_loss", "experts_per_token"):
+            assert f"moe/{name}_layer_{layer}" in tags, name
+    assert events.Scalars("moe/entropy_loss_layer_2")[0].value > 0
+    assert events.Scalars("moe/entropy_loss_layer_1")[0].value == 0
+
+
+def test_metrics_file_agrees_with_itself(logged):
+    _, records, _ = logged
+    assert [record["iteration"] for record in records] == [2, 4]
+    for record in records:
+        by_layer = record["experts_per_token_by_layer"]
+        assert sorted(by_layer) == ["0", "2", "3"]
+        assert record["experts_per_token"] == pytest.approx(sum(by_layer.values()) / 3)
+        # 8 sequences of 32 tokens, three MoE layers
+        assert record["rows_sent"] == pytest.approx(sum(by_layer.values()) * 8 * 32)
+        # one SwiGLU expert has 3 * 32 * 48 parameters
+        without = record["activated_parameters"] - 3 * record["experts_per_token"] * 3 * 32 * 48
+        assert without == pytest.approx(round(without))
+        # forward and backward: 6 operations a parameter of the routed experts, a token
+        seconds = record["seconds_per_iteration"]
+        experts = 6 * 3 * 32 * 48 * record["rows_sent"]
+        assert record["routed_TFLOP/s/GPU"] * 1e12 * seconds > experts
