@@ -81,7 +81,7 @@ class DynMoEConfig:
 
     dispatch_unit: str = "auto"
     """What a row on the wire is, with the alltoall dispatcher: 'expert', a token crosses once for each expert it
-    visits; 'rank', once for each rank that holds such experts; 'auto', whichever moves clearly fewer bytes in a step."""
+    visits; 'rank', once for each rank that holds such experts; 'auto', whichever moves clearly fewer bytes."""
 
     def __post_init__(self) -> None:
         """Check every field.

@@ -56,6 +56,7 @@ class RoutePlan:
         total_rows, total_pairs: over all ranks of the group.
         tensor_rank: this rank's index in the expert-tensor-parallel group.
         map_TE: bool, the map that the plan was made of.
+        rows_L: int64, rows that each local expert computes, on the device: grouped GEMMs take it from there.
     """
 
     sent_E: tuple[int, ...]
@@ -66,6 +67,7 @@ class RoutePlan:
     total_pairs: int
     tensor_rank: int
     map_TE: Tensor
+    rows_L: Tensor
 
     @classmethod
     def build(cls, map_TE: Tensor, **layout: Any) -> RoutePlan:
@@ -198,4 +200,5 @@ class PendingPlan:
             total_pairs=next(host),
             tensor_rank=self.tensor_rank,
             map_TE=self.map_TE,
+            rows_L=rows_PRL.sum(dim=(0, 1)),
         )

@@ -13,7 +13,7 @@ def _setup():
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     dist.init_process_group("gloo")
-    parallel_state.initialize_model_parallel()
+    parallel_state.initialize_model_parallel(expert_model_parallel_size=dist.get_world_size())
     model_parallel_cuda_manual_seed(1)
 
 
@@ -154,6 +154,69 @@ def check_refusals() -> None:
         assert wanted in message and "--" in message and "\n" not in message, message
 
 
+def check_one_wait_a_pass() -> None:
+    """The points where the host waits for a CUDA device, patched and counted over forward and backward of a layer."""
+    from megatron_dynmoe.config import DynMoEConfig
+
+    _setup()
+    blocking = ("tolist", "item", "cpu", "nonzero", "__bool__", "__int__", "__float__", "__index__", "numpy")
+    for unit in ("expert", "rank"):
+        layer = _layer(_config(), DynMoEConfig(dispatch_unit=unit, load_balance_coeff=0.01, entropy_coeff=0.01))
+        x = torch.randn(S, B, D, requires_grad=True)
+        layer(x)[0].sum().backward()  # once before, so that nothing of a first call is counted
+        waits: list[str] = []
+        originals = {name: getattr(torch.Tensor, name) for name in blocking}
+        for name, original in originals.items():
+
+            def counted(self, *args, _original=original, _name=name, _waits=waits, **kwargs):
+                _waits.append(_name)
+                return _original(self, *args, **kwargs)
+
+            setattr(torch.Tensor, name, counted)
+        try:
+            out, _ = layer(x)
+            forward = list(waits)
+            out.sum().backward()
+        finally:
+            for name, original in originals.items():
+                setattr(torch.Tensor, name, original)
+        assert forward == ["tolist"], (unit, forward)
+        assert waits == forward, (unit, waits)  # the backward pass needs none: it walks the forward's plan
+
+
+def check_shared_experts_run_while_rows_travel() -> None:
+    from megatron_dynmoe.config import DynMoEConfig
+    from megatron_dynmoe.dispatch.moves import Exchange
+    from megatron_dynmoe.mcore.layer import DynMoELayer
+
+    _setup()
+    config = _config(expert_model_parallel_size=2, moe_shared_expert_intermediate_size=8)
+    layer = _layer(config, DynMoEConfig(top_p=0.5))
+    events: list[str] = []
+    launch, land, local = Exchange.launch, Exchange.land, DynMoELayer.local_compute
+
+    def logged(name, function):
+        def run(*args):
+            events.append(name)
+            return function(*args)
+
+        return run
+
+    Exchange.launch, Exchange.land = logged("start", launch), logged("wait", land)
+    DynMoELayer.local_compute = logged("local", local)
+    x = torch.randn(S, B, D)
+    out, _ = layer(x)
+    # rows and weights leave, the shared experts compute, both arrive; then the outputs go back
+    assert events == ["start", "start", "local", "wait", "wait", "start", "wait"], events
+    Exchange.launch, Exchange.land, DynMoELayer.local_compute = launch, land, local
+    DynMoELayer._defers = False  # megatron-core's order: shared experts first, then the dispatch
+    assert torch.equal(layer(x)[0], out)
+
+
+def test_shared_experts_run_while_rows_travel(tmp_path):
+    ranks.call(check_shared_experts_run_while_rows_travel, ranks=2, folder=tmp_path)
+
+
 def test_layer_equals_the_dense_reference(tmp_path):
     ranks.call(check_layer_against_reference, ranks=1, folder=tmp_path)
 
@@ -164,6 +227,10 @@ def test_top_k_equals_megatron_core(tmp_path):
 
 def test_a_checkpoint_moves_between_expert_backends(tmp_path):
     ranks.call(check_backends_load_each_other, ranks=1, folder=tmp_path)
+
+
+def test_the_host_waits_once_a_layer_and_pass(tmp_path):
+    ranks.call(check_one_wait_a_pass, ranks=1, folder=tmp_path)
 
 
 def test_what_cannot_work_is_refused_at_construction(tmp_path):

@@ -23,7 +23,7 @@ def test_plan_by_hand():
     plan = RoutePlan.build(MAP)
     assert plan.sent_E == (2, 0, 2, 1)
     assert plan.rows_sent == 5
-    assert plan.rows_per_expert_L == [2, 0, 2, 1]
+    assert plan.rows_per_expert_L == plan.rows_L.tolist() == [2, 0, 2, 1]
     assert plan.wire_splits("expert") == ([5], [5])
     assert plan.wire_splits("rank") == ([2], [2])  # two tokens visit somebody
     assert (plan.total_rows, plan.total_pairs) == (5, 2)
@@ -72,6 +72,7 @@ def plan_of(received_PRL, pairs_received_PR):
         total_pairs=0,
         tensor_rank=0,
         map_TE=torch.zeros(0, experts, dtype=torch.bool),
+        rows_L=torch.zeros(len(received_PRL[0][0]), dtype=torch.int64),
     )
 
 

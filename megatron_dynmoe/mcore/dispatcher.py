@@ -46,6 +46,7 @@ class VariableKAllToAllDispatcher(MoETokenDispatcher):
     ) -> None:
         super().__init__(config=config, pg_collection=pg_collection)
         self.unit = unit
+        self.counts_on_device = False  # set where the experts take them from there, which spares a copy
         self.pending: PendingPlan | None = None
         self.transport: Transport | None = None
 
@@ -114,9 +115,11 @@ class VariableKAllToAllDispatcher(MoETokenDispatcher):
         return rows, weights
 
     def dispatch_postprocess(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows ordered by local expert, rows per expert [L] on the host, weights."""
+        """Rows ordered by local expert, rows per expert [L] (on the host unless ``counts_on_device``), weights."""
         rows, weights = self.transport.unpack(hidden_states, probs)
-        return rows, torch.tensor(self.transport.plan.rows_per_expert_L, dtype=torch.int64), weights
+        plan = self.transport.plan
+        counts = plan.rows_L if self.counts_on_device else torch.tensor(plan.rows_per_expert_L, dtype=torch.int64)
+        return rows, counts, weights
 
     def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
         """The experts' outputs in the order of arrival."""

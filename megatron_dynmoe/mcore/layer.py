@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron_dynmoe.config import DynMoEConfig
 from megatron_dynmoe.mcore.config import check_config
 from megatron_dynmoe.mcore.dispatcher import VariableKAllToAllDispatcher
+from megatron_dynmoe.mcore.experts import TorchGroupedMLP
 
 
 class DynMoELayer(MoELayer):
@@ -55,14 +56,16 @@ class DynMoELayer(MoELayer):
                 pg_collection=pg_collection,
                 unit=dynmoe.dispatch_unit,
             )
-            self.router.on_map = self.token_dispatcher.begin
+            if config.cuda_graph_impl == "none":  # a captured router could not leave a collective unfinished
+                self.router.on_map = self.token_dispatcher.begin
+            self.token_dispatcher.counts_on_device = isinstance(self.experts, TorchGroupedMLP)
             if self.use_shared_expert and self.shared_expert_overlap:
                 self.token_dispatcher.set_shared_experts(self.shared_experts)
 
     @property
     def _defers(self) -> bool:
-        # CUDA graphs of the router's part, and the schedule that interleaves two micro-batches, take the shared experts'
-        # output as a result of the router's part: not deferred then.
+        # CUDA graphs of the router's part, and the schedule that interleaves two micro-batches, take the shared
+        # experts' output as a result of the router's part: not deferred then.
         ours = isinstance(self.token_dispatcher, VariableKAllToAllDispatcher)
         plain = self.config.cuda_graph_impl == "none" and not self.config.overlap_moe_expert_parallel_comm
         return ours and plain

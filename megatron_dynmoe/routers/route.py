@@ -65,7 +65,7 @@ def cap_rows(map_TE: Tensor, scores_TE: Tensor, bound: int | None) -> Tensor:
     Args:
         map_TE: bool.
         scores_TE: float32.
-        bound: at least the number of tokens, or ``None``. Known on the host from shapes, so nothing waits for the device.
+        bound: at least the number of tokens, or ``None``. Known on the host, so nothing waits for the device.
     """
     tokens, experts = map_TE.shape
     if bound is None or bound >= tokens * experts or tokens == 0:

@@ -87,7 +87,11 @@ def log_interval(file: MetricsFile, iteration: int, summary: RoutingSummary, sum
     flops = routed_flops(args, summary.experts_per_token, args.global_batch_size)
     scalars = {
         "activated_parameters": model_shape(args).activated(summary.experts_per_token),
-        "rows_sent": summary.routed_rows / iterations,
+        "routed_rows": summary.routed_rows / iterations,
+        "rows_sent": summary.traffic.rows / iterations,
+        "rows_crossing": summary.traffic.crossing_rows / iterations,
+        "bytes_crossing": summary.traffic.crossing_bytes / iterations,
+        "rows_cut": summary.cut_rows / iterations,
         "tokens_per_second": args.global_batch_size * args.seq_length / seconds,
         "routed_TFLOP/s/GPU": flops / seconds / args.world_size / 1e12,
     }
