@@ -3,11 +3,11 @@
     python benchmarks/memory_guard.py                       # prints a table
     python benchmarks/memory_guard.py --json FILE
 
-Early in top-p training the router is nearly flat and a token visits several times the experts that it will visit
-in the end.  Here the router is exactly that flat: random weights of a small scale.  The same hidden states go through the
-layer (route, dispatch, experts, combine, and all of it backwards) without a bound and with bounds of a few rows a token.
-Memory is the peak of what torch's allocator handed out during the pass, gradients and temporaries included, inputs and
-weights not; on the CPU from the profiler's record of allocations, on CUDA from the allocator.
+Early in top-p training the router is nearly flat, and a token visits several times the experts that it will visit in
+the end.  Here the router is that flat: random weights of a small scale.  The same hidden states go through the layer
+(route, dispatch, experts, combine, and all of it backwards) without a bound and with bounds of a few rows a token.
+Memory is the peak of what torch's allocator handed out during the pass, gradients and temporaries included, inputs
+and weights not; on the CPU from the profiler's record of allocations, on CUDA from the allocator.
 """
 
 from __future__ import annotations

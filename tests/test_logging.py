@@ -62,6 +62,15 @@ def test_metrics_file_agrees_with_itself(logged):
         assert record["routed_TFLOP/s/GPU"] * 1e12 * seconds > experts
 
 
+def test_rates_are_of_the_iterations_counted(tmp_path):
+    """Megatron logs the first iteration without resetting its sums; ours must not be divided by those."""
+    file = tmp_path / "metrics.jsonl"
+    argv = flags("serial", "--exit-interval", "3", "--moe-metrics-file", str(file))
+    ranks.call(ranks.pretrain, argv, ranks=1, folder=tmp_path)
+    for record in map(json.loads, file.read_text().splitlines()):
+        assert record["routed_rows"] == pytest.approx(3 * record["experts_per_token"] * 8 * 32)
+
+
 def test_memory_guard_in_a_run(tmp_path):
     file = tmp_path / "metrics.jsonl"
     extra = ["--exit-interval", "2", "--moe-top-p", "0.9", "--moe-max-rows-per-token", "1.5"]

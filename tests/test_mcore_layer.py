@@ -1,5 +1,7 @@
 """The megatron layer: equal to the reference and to megatron-core's own top-k; what it refuses."""
 
+from functools import partial
+
 import torch
 
 from tests import ranks
@@ -182,6 +184,46 @@ def check_one_wait_a_pass() -> None:
                 setattr(torch.Tensor, name, original)
         assert forward == ["tolist"], (unit, forward)
         assert waits == forward, (unit, waits)  # the backward pass needs none: it walks the forward's plan
+
+
+def _recorded(sizes, experts, rows, counts, weights):
+    sizes.append(counts)
+    return experts(rows, counts, weights)
+
+
+def check_alignment() -> None:
+    """Groups come in multiples; map, plan, counters and output are those without alignment."""
+    from megatron_dynmoe.config import DynMoEConfig
+    from megatron_dynmoe.mcore import dispatcher
+
+    _setup()
+    for unit in ("expert", "rank"):
+        config = _config()
+        layer = _layer(config, DynMoEConfig(top_p=0.5, expert_backend="sequential", dispatch_unit=unit))
+        x = torch.randn(S, B, D, requires_grad=True)
+        plain, _ = layer(x)
+        plain_grads = torch.autograd.grad(plain.square().sum(), (x, layer.router.weight))
+        config.moe_router_padding_for_quantization = True  # megatron accepts it with FP8 only, which needs a GPU
+        dispatcher.get_align_size_for_quantization = lambda config: 16
+        sizes = []
+        experts = layer.experts.forward
+        layer.experts.forward = partial(_recorded, sizes, experts)
+        _, map_TE = layer.route(x)
+        before = map_TE.clone()
+        layer.token_dispatcher.pending = None
+        aligned, _ = layer(x)
+        grads = torch.autograd.grad(aligned.square().sum(), (x, layer.router.weight))
+        assert torch.equal(map_TE, before)
+        plan = layer.token_dispatcher.transport.plan
+        assert plan.rows_sent == int(before.sum())
+        assert sizes[0].tolist() == [-(-n // 16) * 16 for n in plan.rows_per_expert_L]
+        for got, wanted in zip((aligned, *grads), (plain, *plain_grads), strict=True):
+            # the same rows in GEMMs of another height, which may sum their 24 products in another order
+            assert torch.allclose(got, wanted, rtol=1e-5, atol=1e-7)
+
+
+def test_alignment_for_fp8_touches_neither_map_nor_counts(tmp_path):
+    ranks.call(check_alignment, ranks=1, folder=tmp_path)
 
 
 def check_shared_experts_run_while_rows_travel() -> None:

@@ -88,6 +88,16 @@ def test_chunks_change_places_and_return():
     assert torch.equal(ungroup_by_expert(grouped, plan), rows)
 
 
+def test_alignment_by_hand():
+    from megatron_dynmoe.dispatch.align import align_rows, aligned_sizes, unalign_rows
+
+    rows, sizes = torch.tensor([1.0, 2, 3, 4, 5]), [3, 0, 2]
+    assert aligned_sizes(sizes, 2) == [4, 0, 2]
+    aligned = align_rows(rows, sizes, 2)
+    assert aligned.tolist() == [1, 2, 3, 0, 4, 5]
+    assert torch.equal(unalign_rows(aligned, sizes, 2), rows)
+
+
 def test_auto_takes_the_unit_that_moves_fewer_bytes():
     from dataclasses import replace
 

@@ -11,17 +11,13 @@ from __future__ import annotations
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
-from megatron.core.transformer.moe.moe_utils import (
-    get_align_size_for_quantization,
-    pad_routing_map,
-    permute,
-    unpermute,
-)
+from megatron.core.transformer.moe.moe_utils import get_align_size_for_quantization, permute, unpermute
 from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_dynmoe.dispatch import TRANSPORTS, Transport, choose_unit
+from megatron_dynmoe.dispatch.align import align_rows, aligned_sizes, unalign_rows
 from megatron_dynmoe.dispatch.transport import Flight
 from megatron_dynmoe.mcore.tracker import RoutingTracker
 from megatron_dynmoe.metrics import Traffic
@@ -52,9 +48,6 @@ class VariableKAllToAllDispatcher(MoETokenDispatcher):
 
     def begin(self, routing_map: Tensor) -> None:
         """Send the counts on their way as soon as the map exists; what follows in the router runs meanwhile."""
-        if self.config.moe_router_padding_for_quantization:
-            # pad_routing_map writes into its argument; the caller's map stays what the router decided.
-            routing_map = pad_routing_map(routing_map.clone(), get_align_size_for_quantization(self.config))
         self.pending = PendingPlan(
             routing_map,
             group=self.tp_ep_group,
@@ -114,15 +107,27 @@ class VariableKAllToAllDispatcher(MoETokenDispatcher):
             self.shared_experts.linear_fc1_forward_and_act(rows)
         return rows, weights
 
+    @property
+    def _multiple(self) -> int:
+        """Rows of each expert's group come in multiples of this: more than 1 with FP8 and router padding on."""
+        return get_align_size_for_quantization(self.config) if self.config.moe_router_padding_for_quantization else 1
+
     def dispatch_postprocess(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rows ordered by local expert, rows per expert [L] (on the host unless ``counts_on_device``), weights."""
         rows, weights = self.transport.unpack(hidden_states, probs)
         plan = self.transport.plan
-        counts = plan.rows_L if self.counts_on_device else torch.tensor(plan.rows_per_expert_L, dtype=torch.int64)
-        return rows, counts, weights
+        if self.counts_on_device:
+            return rows, plan.rows_L, weights
+        sizes = plan.rows_per_expert_L
+        if self._multiple > 1:
+            rows, weights = align_rows(rows, sizes, self._multiple), align_rows(weights, sizes, self._multiple)
+            sizes = aligned_sizes(sizes, self._multiple)
+        return rows, torch.tensor(sizes, dtype=torch.int64), weights
 
     def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
         """The experts' outputs in the order of arrival."""
+        if self._multiple > 1 and not self.counts_on_device:
+            hidden_states = unalign_rows(hidden_states, self.transport.plan.rows_per_expert_L, self._multiple)
         return self.transport.repack(hidden_states)
 
     def token_combine(self, hidden_states: Tensor) -> Tensor:
