@@ -14,6 +14,7 @@ NAMES: dict[str, list[str]] = {
     "gate": ["softmax"],
     "rule": ["top-p", "top-k"],
     "expert_backend": ["auto", "torch", "sequential", "te"],
+    "dispatch_unit": ["auto", "expert", "rank"],
 }
 
 
@@ -50,6 +51,13 @@ class DynMoEConfig:
     max_experts_per_token: int | None = None
     """Upper bound on the experts of one token, under every rule; the most probable stay. Unset: no bound."""
 
+    max_rows: int | None = None
+    """Memory guard: upper bound on the routed rows of one layer and micro-batch on each rank. Above it the least
+    probable extra assignments are cut; a token's best expert stays, so the bound is never below the token count."""
+
+    max_rows_per_token: float | None = None
+    """The same bound as a multiple of the rank's token count; with both, the smaller one holds."""
+
     normalize_weights: bool = False
     """Divide the weights of a token's experts by their sum (GShard). Dynamic MoE and Switch use the raw
     probabilities."""
@@ -71,6 +79,10 @@ class DynMoEConfig:
     'te' (Transformer Engine's grouped GEMM, FP8). 'auto': 'te' where the layer spec has it, else 'torch' where it
     can serve, else 'sequential'."""
 
+    dispatch_unit: str = "auto"
+    """What a row on the wire is, with the alltoall dispatcher: 'expert', a token crosses once for each expert it
+    visits; 'rank', once for each rank that holds such experts; 'auto', whichever moves clearly fewer bytes."""
+
     def __post_init__(self) -> None:
         """Check every field.
 
@@ -83,6 +95,10 @@ class DynMoEConfig:
         self._require("topk", _is_count(self.topk), "a whole number of at least 1")
         cap = self.max_experts_per_token
         self._require("max_experts_per_token", cap is None or _is_count(cap), "a whole number of at least 1, or unset")
+        rows, share = self.max_rows, self.max_rows_per_token
+        self._require("max_rows", rows is None or _is_count(rows), "a whole number of at least 1, or unset")
+        accepted = share is None or (_is_number(share) and share >= 1)
+        self._require("max_rows_per_token", accepted, "a number of at least 1, or unset")
         for name in ("load_balance_coeff", "entropy_coeff"):
             value = getattr(self, name)
             self._require(name, _is_number(value) and value >= 0, "a number of at least 0")

@@ -6,11 +6,33 @@ before that.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What dispatches put on the wire.
+
+    Attributes:
+        rows: rows handed to the all-to-all, those that stay on the rank included.
+        crossing_rows: rows that leave the rank.
+        crossing_bytes: bytes that leave the rank, rows out and back and the weights that go with them.
+    """
+
+    rows: int = 0
+    crossing_rows: int = 0
+    crossing_bytes: int = 0
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(
+            self.rows + other.rows,
+            self.crossing_rows + other.crossing_rows,
+            self.crossing_bytes + other.crossing_bytes,
+        )
 
 
 @dataclass(frozen=True)
@@ -24,6 +46,8 @@ class RoutingSummary:
         load_imbalance: rows of the busiest expert over the mean of all experts, averaged over MoE layers.
         routed_rows: (token, expert) pairs, all layers and ranks.
         tokens: tokens seen by one MoE layer.
+        cut_rows: assignments that the rule chose and a bound took away, all layers and ranks.
+        traffic: of all layers and ranks; with the alltoall dispatcher.
     """
 
     experts_per_token: float
@@ -32,6 +56,8 @@ class RoutingSummary:
     load_imbalance: float
     routed_rows: int
     tokens: int
+    cut_rows: int = 0
+    traffic: Traffic = Traffic()
 
     def scalars(self) -> dict[str, float]:
         """The values that are logged under their own names."""
@@ -47,11 +73,12 @@ class RoutingStats:
 
     def __init__(self, num_layers: int, num_experts: int) -> None:
         self.num_experts = num_experts
-        # Columns: E rows per expert, then E + 1 of the histogram; one tensor, so that one all-reduce sums it.
-        self.counts = torch.zeros(num_layers, 2 * num_experts + 1, dtype=torch.int64)
+        # Columns: E rows per expert, E + 1 of the histogram, rows cut; one tensor, so that one all-reduce sums it.
+        self.counts = torch.zeros(num_layers, 2 * num_experts + 2, dtype=torch.int64)
+        self.traffic = Traffic()
 
-    def add(self, layer: int, map_TE: Tensor) -> None:
-        """Count one map, bool [T, E], at layer ``layer``."""
+    def add(self, layer: int, map_TE: Tensor, cut: Tensor | None = None) -> None:
+        """Count one map, bool [T, E], and the assignments cut from it (int64 scalar), at layer ``layer``."""
         if self.counts.device != map_TE.device:
             self.counts = self.counts.to(map_TE.device)
         with torch.no_grad():
@@ -59,6 +86,8 @@ class RoutingStats:
             row[: self.num_experts] += map_TE.sum(dim=0)
             experts_T = map_TE.sum(dim=1) + self.num_experts
             row.index_add_(0, experts_T, torch.ones_like(experts_T))
+            if cut is not None:
+                row[-1] += cut
 
     def reduce(self, *, divide_by: int = 1) -> RoutingSummary:
         """Sum over all ranks, summarise, and start again from zero.
@@ -66,18 +95,23 @@ class RoutingStats:
         Args:
             divide_by: ranks that counted the same tokens.
         """
-        counts = self.counts.clone()
+        traffic = torch.tensor(astuple(self.traffic), device=self.counts.device)
+        counts = torch.cat([self.counts.flatten(), traffic])
+        shape = self.counts.shape
         self.counts.zero_()
+        self.traffic = Traffic()
         if dist.is_available() and dist.is_initialized():
             if dist.get_backend() == "nccl" and counts.device.type == "cpu":  # a pipeline stage without MoE layers
                 counts = counts.cuda()
             dist.all_reduce(counts)
-        return summarize(counts.cpu() // divide_by, self.num_experts)
+        counts = counts.cpu() // divide_by
+        sent = Traffic(*counts[-3:].tolist())
+        return replace(summarize(counts[:-3].view(shape), self.num_experts), traffic=sent)
 
 
 def summarize(counts: Tensor, num_experts: int) -> RoutingSummary:
-    """Counts [layers, 2E + 1] to a summary; layers without tokens are dense and left out."""
-    rows, histogram = counts[:, :num_experts], counts[:, num_experts:]
+    """Counts [layers, 2E + 2] to a summary; layers without tokens are dense and left out."""
+    rows, histogram = counts[:, :num_experts], counts[:, num_experts:-1]
     tokens = histogram.sum(dim=1)
     moe = [layer for layer in range(len(counts)) if tokens[layer] > 0]
     if not moe:
@@ -93,6 +127,7 @@ def summarize(counts: Tensor, num_experts: int) -> RoutingSummary:
         load_imbalance=sum(imbalance) / len(moe),
         routed_rows=int(rows.sum()),
         tokens=int(tokens[moe[0]]),
+        cut_rows=int(counts[:, -1].sum()),
     )
 
 

@@ -14,6 +14,8 @@ a layer waits for the device.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,80 +31,59 @@ class Routing:
         map_TE: bool; True where the token visits the expert. Rows may have any number of True entries.
         scores_TE: float32; the gate's scores over all experts, which the losses read.
         logits_TE: float32; the gate's output before its nonlinearity.
+        cut: int64 scalar on the device; assignments that the rule chose and a bound took away.
     """
 
     weights_TE: Tensor
     map_TE: Tensor
     scores_TE: Tensor
     logits_TE: Tensor
+    cut: Tensor
 
 
 @dataclass(frozen=True)
 class RoutePlan:
     """Exact row counts of one dispatch, on the host.
 
+    A row is a (token, expert) pair, a *pair* a (token, expert-parallel rank) pair: a token that visits three experts of
+    one rank is three rows and one pair.
+
     Attributes:
         sent_E: rows of this rank for each expert of the model.
         received_PRL: rows that this rank computes, by the rank of the expert-tensor-parallel group that gathered them
             (P), the rank of the expert-parallel group that sent them (R), and the local expert (L).
+        pairs_sent_R, pairs_received_PR: the same for pairs.
+        total_rows, total_pairs: over all ranks of the group.
         tensor_rank: this rank's index in the expert-tensor-parallel group.
-        row_index_N2: int64 [N, 2] on the device: (expert, token) of each row sent, ordered by expert, then token.
+        map_TE: bool, the map that the plan was made of.
+        rows_L: int64, rows that each local expert computes, on the device: grouped GEMMs take it from there.
     """
 
     sent_E: tuple[int, ...]
     received_PRL: tuple[tuple[tuple[int, ...], ...], ...]
+    pairs_sent_R: tuple[int, ...]
+    pairs_received_PR: tuple[tuple[int, ...], ...]
+    total_rows: int
+    total_pairs: int
     tensor_rank: int
-    row_index_N2: Tensor
+    map_TE: Tensor
+    rows_L: Tensor
 
     @classmethod
-    def build(
-        cls,
-        map_TE: Tensor,
-        *,
-        group: dist.ProcessGroup | None = None,
-        expert_rank: int = 0,
-        expert_ranks: int = 1,
-        tensor_rank: int = 0,
-        tensor_ranks: int = 1,
-    ) -> RoutePlan:
-        """Count the rows of ``map_TE`` and exchange the counts.
+    def build(cls, map_TE: Tensor, **layout: Any) -> RoutePlan:
+        """Begin and finish at once; arguments as :class:`PendingPlan`."""
+        return PendingPlan(map_TE, **layout).finish()
 
-        One collective (an all-gather of E integers) and one device-to-host synchronisation.
+    @cached_property
+    def row_index_N2(self) -> Tensor:
+        """int64 [N, 2]: (expert, token) of each row sent, ordered by expert, then token."""
+        # nonzero_static takes the count that is known, so unlike nonzero it does not wait for the device.
+        return torch.nonzero_static(self.map_TE.t(), size=self.rows_sent)
 
-        Args:
-            map_TE: bool [T, E].
-            group: all R * P ranks, expert-parallel rank major; ``None`` when there is one.
-            expert_rank, expert_ranks: this rank's place in the expert-parallel group, and R.
-            tensor_rank, tensor_ranks: its place in the expert-tensor-parallel group, and P.
-
-        Raises:
-            ValueError: the map is not a boolean matrix, or E does not divide by R.
-        """
-        if map_TE.dtype != torch.bool or map_TE.dim() != 2:
-            raise ValueError(f"routing map is {map_TE.dtype} of {map_TE.dim()} dimensions; accepted: bool [T, E].")
-        experts = map_TE.shape[1]
-        if experts % expert_ranks:
-            raise ValueError(
-                f"{experts} experts do not divide by the {expert_ranks} ranks of the expert-parallel group."
-            )
-        local = experts // expert_ranks
-        sent = map_TE.sum(dim=0, dtype=torch.int64)
-        if expert_ranks * tensor_ranks > 1:
-            counts = sent.new_empty(expert_ranks * tensor_ranks * experts)
-            dist.all_gather_into_tensor(counts, sent, group=group)
-        else:
-            counts = sent
-        first = expert_rank * local
-        received = counts.view(expert_ranks, tensor_ranks, experts)[:, :, first : first + local].transpose(0, 1)
-        # The one synchronisation: everything the host needs, in one copy.
-        host = torch.cat([sent, received.reshape(-1)]).tolist()
-        sent_E, flat = tuple(host[:experts]), iter(host[experts:])
-        received_PRL = tuple(
-            tuple(tuple(next(flat) for _ in range(local)) for _ in range(expert_ranks)) for _ in range(tensor_ranks)
-        )
-        # nonzero_static takes the count that is now known, so unlike nonzero it does not wait for the device again.
-        row_index_N2 = torch.nonzero_static(map_TE.t(), size=sum(sent_E))
-        return cls(sent_E=sent_E, received_PRL=received_PRL, tensor_rank=tensor_rank, row_index_N2=row_index_N2)
+    @cached_property
+    def pair_index_M2(self) -> Tensor:
+        """int64 [M, 2]: (rank, token) of each pair sent, ordered by rank, then token."""
+        return torch.nonzero_static(_visited_TR(self.map_TE, len(self.pairs_sent_R)).t(), size=sum(self.pairs_sent_R))
 
     @property
     def expert_of_row_N(self) -> Tensor:
@@ -119,21 +100,19 @@ class RoutePlan:
         """N: rows of this rank's tokens, whoever computes them."""
         return sum(self.sent_E)
 
-    @property
-    def input_splits_R(self) -> list[int]:
-        """Rows that this rank sends to each expert-parallel rank."""
-        ranks = len(self.received_PRL[0])
+    def wire_splits(self, unit: str) -> tuple[list[int], list[int]]:
+        """Rows on the wire, (received from, sent to) each expert-parallel rank, when ``unit`` is "expert" or "rank"."""
+        if unit == "rank":
+            return list(self.pairs_received_PR[self.tensor_rank]), list(self.pairs_sent_R)
+        ranks = len(self.pairs_sent_R)
         local = len(self.sent_E) // ranks
-        return [sum(self.sent_E[r * local : (r + 1) * local]) for r in range(ranks)]
+        sent = [sum(self.sent_E[r * local : (r + 1) * local]) for r in range(ranks)]
+        return [sum(row) for row in self.received_PRL[self.tensor_rank]], sent
 
-    @property
-    def output_splits_R(self) -> list[int]:
-        """Rows that this rank receives from each expert-parallel rank (before any tensor-parallel gather)."""
-        return [sum(row) for row in self.received_PRL[self.tensor_rank]]
-
-    @property
-    def gathered_splits_P(self) -> list[int]:
+    def gathered_splits(self, unit: str) -> list[int]:
         """Rows that each rank of the expert-tensor-parallel group received, which the group then gathers."""
+        if unit == "rank":
+            return [sum(pairs) for pairs in self.pairs_received_PR]
         return [sum(sum(row) for row in ranks) for ranks in self.received_PRL]
 
     @property
@@ -146,3 +125,80 @@ class RoutePlan:
     def chunks_PRL(self) -> list[int]:
         """Rows of each arriving chunk, in order of arrival: sender major, local expert minor."""
         return [rows for ranks in self.received_PRL for row in ranks for rows in row]
+
+
+def _visited_TR(map_TE: Tensor, ranks: int) -> Tensor:
+    return map_TE.view(map_TE.shape[0], ranks, map_TE.shape[1] // ranks).any(dim=-1)
+
+
+class PendingPlan:
+    """A plan whose counts are on their way: begun as soon as the map exists, finished when the sizes are needed.
+
+    One collective (an all-gather of E + R integers), started at construction; one device-to-host synchronisation, in
+    :meth:`finish`.
+
+    Args:
+        map_TE: bool [T, E].
+        group: all R * P ranks, expert-parallel rank major; ``None`` when there is one.
+        expert_rank, expert_ranks: this rank's place in the expert-parallel group, and R.
+        tensor_rank, tensor_ranks: its place in the expert-tensor-parallel group, and P.
+
+    Raises:
+        ValueError: the map is not a boolean matrix, or E does not divide by R.
+    """
+
+    def __init__(
+        self,
+        map_TE: Tensor,
+        *,
+        group: dist.ProcessGroup | None = None,
+        expert_rank: int = 0,
+        expert_ranks: int = 1,
+        tensor_rank: int = 0,
+        tensor_ranks: int = 1,
+    ) -> None:
+        if map_TE.dtype != torch.bool or map_TE.dim() != 2:
+            raise ValueError(f"routing map is {map_TE.dtype} of {map_TE.dim()} dimensions; accepted: bool [T, E].")
+        if map_TE.shape[1] % expert_ranks:
+            raise ValueError(
+                f"{map_TE.shape[1]} experts do not divide by the {expert_ranks} ranks of the expert-parallel group."
+            )
+        self.map_TE = map_TE.contiguous()
+        self.expert_rank, self.tensor_rank = expert_rank, tensor_rank
+        self.shape = expert_ranks, tensor_ranks
+        rows_E = map_TE.sum(dim=0, dtype=torch.int64)
+        pairs_R = _visited_TR(self.map_TE, expert_ranks).sum(dim=0, dtype=torch.int64)
+        self._mine = torch.cat([rows_E, pairs_R])
+        self._work = None
+        self._all = self._mine.unsqueeze(0)
+        if expert_ranks * tensor_ranks > 1:
+            self._all = self._mine.new_empty(expert_ranks * tensor_ranks, self._mine.numel())
+            self._work = dist.all_gather_into_tensor(self._all.view(-1), self._mine, group=group, async_op=True)
+
+    def finish(self) -> RoutePlan:
+        """Wait for the counts and bring what the host needs over in one copy."""
+        if self._work is not None:
+            self._work.wait()
+        (ranks, tensor_ranks), experts = self.shape, self.map_TE.shape[1]
+        local, first = experts // ranks, self.expert_rank * (experts // ranks)
+        counts = self._all.view(ranks, tensor_ranks, experts + ranks).transpose(0, 1)
+        rows_PRL = counts[:, :, first : first + local]
+        pairs_PR = counts[:, :, experts + self.expert_rank]
+        totals = torch.stack([counts[:, :, :experts].sum(), counts[:, :, experts:].sum()])
+        # The one synchronisation: everything the host needs, in one copy.
+        host = iter(torch.cat([self._mine, rows_PRL.reshape(-1), pairs_PR.reshape(-1), totals]).tolist())
+
+        def take(count: int) -> tuple[int, ...]:
+            return tuple(next(host) for _ in range(count))
+
+        return RoutePlan(
+            sent_E=take(experts),
+            pairs_sent_R=take(ranks),
+            received_PRL=tuple(tuple(take(local) for _ in range(ranks)) for _ in range(tensor_ranks)),
+            pairs_received_PR=tuple(take(ranks) for _ in range(tensor_ranks)),
+            total_rows=next(host),
+            total_pairs=next(host),
+            tensor_rank=self.tensor_rank,
+            map_TE=self.map_TE,
+            rows_L=rows_PRL.sum(dim=(0, 1)),
+        )

@@ -23,11 +23,19 @@ MODEL = """
 LAYOUTS = {
     "serial": (1, ""),
     "dp2": (2, ""),
-    "ep2": (2, "--expert-model-parallel-size 2"),
+    "ep2": (2, "--expert-model-parallel-size 2 --moe-dispatch-unit expert"),
     "tp2-sp": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
     "tp2-sp-etp1": (2, "--tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 1"),
     "pp2": (2, "--pipeline-model-parallel-size 2"),
     "vpp2": (2, "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"),
+    "ep2-rank": (2, "--expert-model-parallel-size 2 --moe-dispatch-unit rank"),
+    "etp2-rank": (2, "--tensor-model-parallel-size 2 --sequence-parallel --moe-dispatch-unit rank"),
+    "tp2-ep2-rank": (
+        4,
+        "--tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 2 "
+        "--expert-tensor-parallel-size 2 --moe-dispatch-unit rank",
+    ),
+    "ep2-auto": (2, "--expert-model-parallel-size 2 --moe-dispatch-unit auto"),
     "allgather": (2, "--expert-model-parallel-size 2 --moe-token-dispatcher-type allgather"),
     "overlap": (2, "--expert-model-parallel-size 2 --moe-shared-expert-overlap"),
     "sequential": (2, "--expert-model-parallel-size 2 --moe-expert-backend sequential"),

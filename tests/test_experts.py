@@ -38,8 +38,8 @@ def test_layer_equals_the_dense_reference(name):
         masked = torch.where(routing_map, weights, weights.new_zeros(()))
         if fast:
             plan = RoutePlan.build(routing_map)
-            rows, row_weights = dispatch(x, masked, plan)
-            out = combine(grouped_mlp(rows, row_weights, fc1, fc2, plan.rows_per_expert_L), plan, T)
+            rows, row_weights, transport = dispatch(x, masked, plan)
+            out = combine(grouped_mlp(rows, row_weights, fc1, fc2, plan.rows_per_expert_L), transport, T)
         else:
             out = reference.dense_moe(x, masked, fc1, fc2)
         grads = torch.autograd.grad(out.square().sum(), (x, weights, fc1, fc2))

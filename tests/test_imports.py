@@ -17,7 +17,7 @@ PACKAGE = "megatron_dynmoe"
 LEVELS = [
     {"config"},
     {"routing"},
-    {"routers", "dispatch", "experts", "losses", "metrics", "controllers"},
+    {"routers", "dispatch", "experts", "losses", "metrics", "controllers", "planning"},
     {"mcore"},
     {"training", "hf", "data"},
 ]

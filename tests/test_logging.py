@@ -50,11 +50,34 @@ def test_metrics_file_agrees_with_itself(logged):
         assert sorted(by_layer) == ["0", "2", "3"]
         assert record["experts_per_token"] == pytest.approx(sum(by_layer.values()) / 3)
         # 8 sequences of 32 tokens, three MoE layers
-        assert record["rows_sent"] == pytest.approx(sum(by_layer.values()) * 8 * 32)
+        assert record["routed_rows"] == pytest.approx(sum(by_layer.values()) * 8 * 32)
+        assert record["rows_sent"] == record["routed_rows"]  # one rank: per-expert rows, none of them crosses
+        assert record["rows_crossing"] == record["rows_cut"] == 0
         # one SwiGLU expert has 3 * 32 * 48 parameters
         without = record["activated_parameters"] - 3 * record["experts_per_token"] * 3 * 32 * 48
         assert without == pytest.approx(round(without))
         # forward and backward: 6 operations a parameter of the routed experts, a token
         seconds = record["seconds_per_iteration"]
-        experts = 6 * 3 * 32 * 48 * record["rows_sent"]
+        experts = 6 * 3 * 32 * 48 * record["routed_rows"]
         assert record["routed_TFLOP/s/GPU"] * 1e12 * seconds > experts
+
+
+def test_rates_are_of_the_iterations_counted(tmp_path):
+    """Megatron logs the first iteration without resetting its sums; ours must not be divided by those."""
+    file = tmp_path / "metrics.jsonl"
+    argv = flags("serial", "--exit-interval", "3", "--moe-metrics-file", str(file))
+    ranks.call(ranks.pretrain, argv, ranks=1, folder=tmp_path)
+    for record in map(json.loads, file.read_text().splitlines()):
+        assert record["routed_rows"] == pytest.approx(3 * record["experts_per_token"] * 8 * 32)
+
+
+def test_memory_guard_in_a_run(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    extra = ["--exit-interval", "2", "--moe-top-p", "0.9", "--moe-max-rows-per-token", "1.5"]
+    argv = flags("serial", *extra, "--moe-metrics-file", str(file))
+    ranks.call(ranks.pretrain, argv, ranks=1, folder=tmp_path)
+    for record in map(json.loads, file.read_text().splitlines()):
+        assert record["rows_cut"] > 0
+        # four micro-batches of 64 tokens, three MoE layers, a bound of 96 rows each
+        assert record["routed_rows"] <= 4 * 3 * 96
+        assert record["experts_per_token"] <= 1.5

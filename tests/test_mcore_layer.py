@@ -1,5 +1,7 @@
 """The megatron layer: equal to the reference and to megatron-core's own top-k; what it refuses."""
 
+from functools import partial
+
 import torch
 
 from tests import ranks
@@ -13,7 +15,7 @@ def _setup():
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     dist.init_process_group("gloo")
-    parallel_state.initialize_model_parallel()
+    parallel_state.initialize_model_parallel(expert_model_parallel_size=dist.get_world_size())
     model_parallel_cuda_manual_seed(1)
 
 
@@ -154,6 +156,109 @@ def check_refusals() -> None:
         assert wanted in message and "--" in message and "\n" not in message, message
 
 
+def check_one_wait_a_pass() -> None:
+    """The points where the host waits for a CUDA device, patched and counted over forward and backward of a layer."""
+    from megatron_dynmoe.config import DynMoEConfig
+
+    _setup()
+    blocking = ("tolist", "item", "cpu", "nonzero", "__bool__", "__int__", "__float__", "__index__", "numpy")
+    for unit in ("expert", "rank"):
+        layer = _layer(_config(), DynMoEConfig(dispatch_unit=unit, load_balance_coeff=0.01, entropy_coeff=0.01))
+        x = torch.randn(S, B, D, requires_grad=True)
+        layer(x)[0].sum().backward()  # once before, so that nothing of a first call is counted
+        waits: list[str] = []
+        originals = {name: getattr(torch.Tensor, name) for name in blocking}
+        for name, original in originals.items():
+
+            def counted(self, *args, _original=original, _name=name, _waits=waits, **kwargs):
+                _waits.append(_name)
+                return _original(self, *args, **kwargs)
+
+            setattr(torch.Tensor, name, counted)
+        try:
+            out, _ = layer(x)
+            forward = list(waits)
+            out.sum().backward()
+        finally:
+            for name, original in originals.items():
+                setattr(torch.Tensor, name, original)
+        assert forward == ["tolist"], (unit, forward)
+        assert waits == forward, (unit, waits)  # the backward pass needs none: it walks the forward's plan
+
+
+def _recorded(sizes, experts, rows, counts, weights):
+    sizes.append(counts)
+    return experts(rows, counts, weights)
+
+
+def check_alignment() -> None:
+    """Groups come in multiples; map, plan, counters and output are those without alignment."""
+    from megatron_dynmoe.config import DynMoEConfig
+    from megatron_dynmoe.mcore import dispatcher
+
+    _setup()
+    for unit in ("expert", "rank"):
+        config = _config()
+        layer = _layer(config, DynMoEConfig(top_p=0.5, expert_backend="sequential", dispatch_unit=unit))
+        x = torch.randn(S, B, D, requires_grad=True)
+        plain, _ = layer(x)
+        plain_grads = torch.autograd.grad(plain.square().sum(), (x, layer.router.weight))
+        config.moe_router_padding_for_quantization = True  # megatron accepts it with FP8 only, which needs a GPU
+        dispatcher.get_align_size_for_quantization = lambda config: 16
+        sizes = []
+        experts = layer.experts.forward
+        layer.experts.forward = partial(_recorded, sizes, experts)
+        _, map_TE = layer.route(x)
+        before = map_TE.clone()
+        layer.token_dispatcher.pending = None
+        aligned, _ = layer(x)
+        grads = torch.autograd.grad(aligned.square().sum(), (x, layer.router.weight))
+        assert torch.equal(map_TE, before)
+        plan = layer.token_dispatcher.transport.plan
+        assert plan.rows_sent == int(before.sum())
+        assert sizes[0].tolist() == [-(-n // 16) * 16 for n in plan.rows_per_expert_L]
+        for got, wanted in zip((aligned, *grads), (plain, *plain_grads), strict=True):
+            # the same rows in GEMMs of another height, which may sum their 24 products in another order
+            assert torch.allclose(got, wanted, rtol=1e-5, atol=1e-7)
+
+
+def test_alignment_for_fp8_touches_neither_map_nor_counts(tmp_path):
+    ranks.call(check_alignment, ranks=1, folder=tmp_path)
+
+
+def check_shared_experts_run_while_rows_travel() -> None:
+    from megatron_dynmoe.config import DynMoEConfig
+    from megatron_dynmoe.dispatch.moves import Exchange
+    from megatron_dynmoe.mcore.layer import DynMoELayer
+
+    _setup()
+    config = _config(expert_model_parallel_size=2, moe_shared_expert_intermediate_size=8)
+    layer = _layer(config, DynMoEConfig(top_p=0.5))
+    events: list[str] = []
+    launch, land, local = Exchange.launch, Exchange.land, DynMoELayer.local_compute
+
+    def logged(name, function):
+        def run(*args):
+            events.append(name)
+            return function(*args)
+
+        return run
+
+    Exchange.launch, Exchange.land = logged("start", launch), logged("wait", land)
+    DynMoELayer.local_compute = logged("local", local)
+    x = torch.randn(S, B, D)
+    out, _ = layer(x)
+    # rows and weights leave, the shared experts compute, both arrive; then the outputs go back
+    assert events == ["start", "start", "local", "wait", "wait", "start", "wait"], events
+    Exchange.launch, Exchange.land, DynMoELayer.local_compute = launch, land, local
+    DynMoELayer._defers = False  # megatron-core's order: shared experts first, then the dispatch
+    assert torch.equal(layer(x)[0], out)
+
+
+def test_shared_experts_run_while_rows_travel(tmp_path):
+    ranks.call(check_shared_experts_run_while_rows_travel, ranks=2, folder=tmp_path)
+
+
 def test_layer_equals_the_dense_reference(tmp_path):
     ranks.call(check_layer_against_reference, ranks=1, folder=tmp_path)
 
@@ -164,6 +269,10 @@ def test_top_k_equals_megatron_core(tmp_path):
 
 def test_a_checkpoint_moves_between_expert_backends(tmp_path):
     ranks.call(check_backends_load_each_other, ranks=1, folder=tmp_path)
+
+
+def test_the_host_waits_once_a_layer_and_pass(tmp_path):
+    ranks.call(check_one_wait_a_pass, ranks=1, folder=tmp_path)
 
 
 def test_what_cannot_work_is_refused_at_construction(tmp_path):

@@ -3,14 +3,9 @@
 import pytest
 import torch
 
-from megatron_dynmoe.dispatch import (
-    combine,
-    dispatch,
-    group_by_expert,
-    permute,
-    ungroup_by_expert,
-    unpermute,
-)
+from megatron_dynmoe.dispatch import TRANSPORTS, choose_unit, combine, dispatch, wire_bytes
+from megatron_dynmoe.dispatch.moves import scatter_rows
+from megatron_dynmoe.dispatch.per_expert import group_by_expert, ungroup_by_expert
 from megatron_dynmoe.routing import RoutePlan
 
 #          expert  0  1  2  3
@@ -28,36 +23,92 @@ def test_plan_by_hand():
     plan = RoutePlan.build(MAP)
     assert plan.sent_E == (2, 0, 2, 1)
     assert plan.rows_sent == 5
-    assert plan.rows_per_expert_L == [2, 0, 2, 1]
-    assert plan.input_splits_R == plan.output_splits_R == [5]
+    assert plan.rows_per_expert_L == plan.rows_L.tolist() == [2, 0, 2, 1]
+    assert plan.wire_splits("expert") == ([5], [5])
+    assert plan.wire_splits("rank") == ([2], [2])  # two tokens visit somebody
+    assert (plan.total_rows, plan.total_pairs) == (5, 2)
+    assert plan.pair_index_M2.tolist() == [[0, 0], [0, 2]]
     assert plan.expert_of_row_N.tolist() == [0, 0, 2, 2, 3]
     assert plan.token_of_row_N.tolist() == [0, 2, 0, 2, 2]
 
 
-def test_permute_by_hand():
+def test_per_expert_rows_by_hand():
     x = torch.tensor([[10.0], [20.0], [30.0]])
     weights = torch.arange(12.0).view(3, 4)
-    rows, row_weights = permute(x, weights, RoutePlan.build(MAP))
+    rows, row_weights = TRANSPORTS["expert"](RoutePlan.build(MAP)).pack(x, weights)
     assert rows.flatten().tolist() == [10, 30, 10, 30, 30]
     assert row_weights.tolist() == [0, 8, 2, 10, 11]
 
 
-def test_unpermute_sums_a_tokens_rows_and_leaves_zero_for_none():
+def test_per_rank_rows_by_hand():
+    x = torch.tensor([[10.0], [20.0], [30.0]])
+    weights = torch.arange(12.0).view(3, 4)
+    transport = TRANSPORTS["rank"](RoutePlan.build(MAP))
+    rows, row_weights = transport.pack(x, weights)
+    assert rows.flatten().tolist() == [10, 30]
+    none = -torch.inf
+    assert row_weights.tolist() == [[0, none, 2, none], [8, none, 10, 11]]
+    expanded, expanded_weights = transport.unpack(rows, row_weights)
+    assert expanded.flatten().tolist() == [10, 30, 10, 30, 30]
+    assert expanded_weights.tolist() == [0, 8, 2, 10, 11]
+    back = transport.repack(torch.tensor([[1.0], [2.0], [4.0], [8.0], [16.0]]))
+    assert back.flatten().tolist() == [5, 26]
+    assert transport.unpack_back(back, 3).flatten().tolist() == [5, 0, 26]
+
+
+def test_rows_sum_by_token_and_none_gives_zero():
     rows = torch.tensor([[1.0], [2.0], [4.0], [8.0], [16.0]])
-    assert unpermute(rows, RoutePlan.build(MAP), 3).flatten().tolist() == [5, 0, 26]
+    assert TRANSPORTS["expert"](RoutePlan.build(MAP)).unpack_back(rows, 3).flatten().tolist() == [5, 0, 26]
+
+
+def plan_of(received_PRL, pairs_received_PR):
+    experts = len(received_PRL[0]) * len(received_PRL[0][0])
+    return RoutePlan(
+        sent_E=(0,) * experts,
+        received_PRL=received_PRL,
+        pairs_sent_R=(0,) * len(received_PRL[0]),
+        pairs_received_PR=pairs_received_PR,
+        total_rows=0,
+        total_pairs=0,
+        tensor_rank=0,
+        map_TE=torch.zeros(0, experts, dtype=torch.bool),
+        rows_L=torch.zeros(len(received_PRL[0][0]), dtype=torch.int64),
+    )
 
 
 def test_chunks_change_places_and_return():
     # three senders, two local experts; rows named sender * 10 + expert
-    plan = RoutePlan(
-        sent_E=(0,) * 6, received_PRL=(((1, 2), (0, 1), (2, 0)),), tensor_rank=0, row_index_N2=torch.empty(0, 2)
-    )
+    plan = plan_of((((1, 2), (0, 1), (2, 0)),), ((2, 1, 2),))
     rows = torch.tensor([0, 1, 1, 11, 20, 20])
     assert plan.rows_per_expert_L == [3, 3]
-    assert plan.output_splits_R == [3, 1, 2]
+    assert plan.wire_splits("expert")[0] == [3, 1, 2]
+    assert plan.wire_splits("rank")[0] == [2, 1, 2]
     grouped = group_by_expert(rows, plan)
     assert grouped.tolist() == [0, 20, 20, 1, 1, 11]
     assert torch.equal(ungroup_by_expert(grouped, plan), rows)
+
+
+def test_alignment_by_hand():
+    from megatron_dynmoe.dispatch.align import align_rows, aligned_sizes, unalign_rows
+
+    rows, sizes = torch.tensor([1.0, 2, 3, 4, 5]), [3, 0, 2]
+    assert aligned_sizes(sizes, 2) == [4, 0, 2]
+    aligned = align_rows(rows, sizes, 2)
+    assert aligned.tolist() == [1, 2, 3, 0, 4, 5]
+    assert torch.equal(unalign_rows(aligned, sizes, 2), rows)
+
+
+def test_auto_takes_the_unit_that_moves_fewer_bytes():
+    from dataclasses import replace
+
+    two_ranks = replace(plan_of((((1, 1), (1, 1)),), ((1, 1),)), total_rows=1000, total_pairs=1000)
+    assert choose_unit(two_ranks, width=64, itemsize=4) == "expert"  # nothing saved, weights for two experts to pay
+    assert choose_unit(replace(two_ranks, total_pairs=600), width=64, itemsize=4) == "rank"
+    # per row: 64 * 4 + 4 = 260 bytes; per pair: 64 * 4 + 8 = 264; 20 % are saved below 0.8 * 260 / 264 = 0.788
+    assert choose_unit(replace(two_ranks, total_pairs=787), width=64, itemsize=4) == "rank"
+    assert choose_unit(replace(two_ranks, total_pairs=789), width=64, itemsize=4) == "expert"
+    assert wire_bytes("expert", rows=3, pairs=2, width=64, itemsize=4, local_experts=2) == 780
+    assert choose_unit(RoutePlan.build(MAP), width=64, itemsize=4) == "expert"  # one rank
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -65,7 +116,8 @@ def test_sums_over_a_tokens_rows_are_float32(dtype):
     # 256 + 1 is lost in bfloat16; 256 + 1 + 1 in float32 is 258, which bfloat16 holds
     routing_map = torch.ones(1, 3, dtype=torch.bool)
     rows = torch.tensor([[256.0], [1.0], [1.0]], dtype=dtype)
-    assert unpermute(rows, RoutePlan.build(routing_map), 1).item() == 258
+    plan = RoutePlan.build(routing_map)
+    assert scatter_rows(rows, plan.token_of_row_N, 1).item() == 258
 
 
 @pytest.mark.parametrize(
@@ -79,14 +131,15 @@ def test_sums_over_a_tokens_rows_are_float32(dtype):
     ],
     ids=["no row", "all to all", "no token", "one token", "all to one expert"],
 )
-def test_nothing_lost_nothing_padded(routing_map):
+@pytest.mark.parametrize("unit", ["expert", "rank"])
+def test_nothing_lost_nothing_padded(routing_map, unit):
     tokens, experts = routing_map.shape
     x = torch.randn(tokens, 2, requires_grad=True)
     weights = torch.where(routing_map, torch.rand(tokens, experts), 0.0).requires_grad_()
     plan = RoutePlan.build(routing_map)
-    rows, row_weights = dispatch(x, weights, plan)
+    rows, row_weights, transport = dispatch(x, weights, plan, unit=unit)
     assert rows.shape[0] == row_weights.shape[0] == plan.rows_sent == int(routing_map.sum())
-    out = combine(rows * row_weights.unsqueeze(1), plan, tokens)
+    out = combine(rows * row_weights.unsqueeze(1), transport, tokens)
     expected = x * weights.sum(dim=1, keepdim=True)
     # each is a sum of at most three float32 products
     assert torch.allclose(out, expected, rtol=1e-6, atol=1e-6)

@@ -10,22 +10,26 @@ from __future__ import annotations
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.moe.moe_utils import (
-    get_align_size_for_quantization,
-    pad_routing_map,
-    permute,
-    unpermute,
-)
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+from megatron.core.transformer.moe.moe_utils import get_align_size_for_quantization, permute, unpermute
 from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_dynmoe import dispatch as moves
-from megatron_dynmoe.routing import RoutePlan
+from megatron_dynmoe.dispatch import TRANSPORTS, Transport, choose_unit
+from megatron_dynmoe.dispatch.align import align_rows, aligned_sizes, unalign_rows
+from megatron_dynmoe.dispatch.transport import Flight
+from megatron_dynmoe.mcore.tracker import RoutingTracker
+from megatron_dynmoe.metrics import Traffic
+from megatron_dynmoe.routing import PendingPlan
 
 
 class VariableKAllToAllDispatcher(MoETokenDispatcher):
-    """The moves of an MoE layer along one plan. Between dispatch and combine it holds the plan of this pass."""
+    """The moves of an MoE layer along one plan. Between dispatch and combine it holds the transport of this pass.
+
+    Args:
+        unit: what a row on the wire is: "expert", "rank", or "auto" to decide from each step's counts.
+    """
 
     def __init__(
         self,
@@ -33,20 +37,18 @@ class VariableKAllToAllDispatcher(MoETokenDispatcher):
         local_expert_indices: list[int],
         config: TransformerConfig,
         pg_collection: ProcessGroupCollection,
+        *,
+        unit: str = "auto",
     ) -> None:
         super().__init__(config=config, pg_collection=pg_collection)
-        self.plan: RoutePlan | None = None
-        self.map_TE: Tensor | None = None
+        self.unit = unit
+        self.counts_on_device = False  # set where the experts take them from there, which spares a copy
+        self.pending: PendingPlan | None = None
+        self.transport: Transport | None = None
 
-    def dispatch_preprocess(self, tokens: Tensor, routing_map: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
-        """Plan, then copy each token once per expert: [S, B, D] to rows [N, D] and their weights [N]."""
-        self.hidden_shape = tokens.shape
-        x_TD = tokens.reshape(-1, tokens.shape[-1])
-        if self.config.moe_router_padding_for_quantization:
-            # pad_routing_map writes into its argument; the caller's map stays what the router decided.
-            routing_map = pad_routing_map(routing_map.clone(), get_align_size_for_quantization(self.config))
-        self.map_TE = routing_map
-        self.plan = RoutePlan.build(
+    def begin(self, routing_map: Tensor) -> None:
+        """Send the counts on their way as soon as the map exists; what follows in the router runs meanwhile."""
+        self.pending = PendingPlan(
             routing_map,
             group=self.tp_ep_group,
             expert_rank=self.ep_rank,
@@ -54,64 +56,98 @@ class VariableKAllToAllDispatcher(MoETokenDispatcher):
             tensor_rank=self.tp_rank,
             tensor_ranks=self.tp_size,
         )
+
+    def dispatch_preprocess(self, tokens: Tensor, routing_map: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+        """Finish the plan, choose the unit, and lay the rows out for their destinations."""
+        self.hidden_shape = tokens.shape
+        x_TD = tokens.reshape(-1, tokens.shape[-1])
+        if self.pending is None:
+            self.begin(routing_map)
+        plan, self.pending = self.pending.finish(), None
+        unit = self.unit
+        if unit == "auto":
+            unit = choose_unit(plan, width=x_TD.shape[1], itemsize=x_TD.element_size())
+        self.transport = TRANSPORTS[unit](plan, group=self.ep_group, tensor_group=self.tp_group)
+        self._count(x_TD)
+        # Transformer Engine's fused permutation knows (token, expert) rows only, and asserts at least one.
+        self._fused = self.config.moe_permute_fusion and unit == "expert" and plan.rows_sent > 0
         if self.shared_experts is not None:
             self.shared_experts.pre_forward_comm(tokens)
         if not self._fused:
-            return moves.permute(x_TD, probs, self.plan)
+            return self.transport.pack(x_TD, probs)
         rows, weights, self.row_id_map, _, _ = permute(
-            x_TD, routing_map, probs=probs, num_out_tokens=self.plan.rows_sent, fused=True
+            x_TD, plan.map_TE, probs=probs, num_out_tokens=plan.rows_sent, fused=True
         )
         return rows, weights
 
-    @property
-    def _fused(self) -> bool:
-        # Transformer Engine's fused permutation asserts at least one row.
-        return self.config.moe_permute_fusion and self.plan.rows_sent > 0
+    def _count(self, x_TD: Tensor) -> None:
+        tracker = get_moe_metrics_tracker()
+        if isinstance(tracker, RoutingTracker) and torch.is_grad_enabled():
+            _, sent = self.transport.splits
+            away = sum(sent) - sent[self.ep_rank]
+            weights = 1 if self.transport.unit == "expert" else self.transport.plan.map_TE.shape[1] // self.ep_size
+            row_bytes = x_TD.shape[1] * x_TD.element_size()
+            tracker.observe_traffic(Traffic(sum(sent), away, away * (2 * row_bytes + 4 * weights)))
+
+    def start(self, hidden_states: Tensor, probs: Tensor) -> Flight:
+        """Start the all-to-all of rows and weights; :meth:`arrive` waits for it."""
+        return self.transport.start(hidden_states, probs)
+
+    def arrive(self, flight: Flight) -> tuple[Tensor, Tensor]:
+        """The rows and weights that this rank received."""
+        rows, weights = flight.wait()
+        return rows, weights
 
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
-        """All-to-all of rows and weights; the shared experts' first GEMM is launched behind the rows."""
+        """All-to-all of rows and weights; overlapped shared experts start behind it."""
         if self.shared_experts is not None:
             self.shared_experts.wait_current_stream()
-        rows = moves.exchange(hidden_states, self.plan, self.ep_group)
+        rows, weights = self.arrive(self.start(hidden_states, probs))
         if self.shared_experts is not None:
             self.shared_experts.linear_fc1_forward_and_act(rows)
-        return rows, moves.exchange(probs, self.plan, self.ep_group)
+        return rows, weights
+
+    @property
+    def _multiple(self) -> int:
+        """Rows of each expert's group come in multiples of this: more than 1 with FP8 and router padding on."""
+        return get_align_size_for_quantization(self.config) if self.config.moe_router_padding_for_quantization else 1
 
     def dispatch_postprocess(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gather over the expert-tensor-parallel group, then order by local expert."""
-        rows, weights = hidden_states, probs
-        if self.tp_size > 1:
-            sizes = self.plan.gathered_splits_P
-            rows = moves.gather_over(rows, sizes, self.tp_group)
-            weights = moves.gather_over(weights, sizes, self.tp_group)
-        rows, weights = moves.group_by_expert(rows, self.plan), moves.group_by_expert(weights, self.plan)
-        return rows, torch.tensor(self.plan.rows_per_expert_L, dtype=torch.int64), weights
+        """Rows ordered by local expert, rows per expert [L] (on the host unless ``counts_on_device``), weights."""
+        rows, weights = self.transport.unpack(hidden_states, probs)
+        plan = self.transport.plan
+        if self.counts_on_device:
+            return rows, plan.rows_L, weights
+        sizes = plan.rows_per_expert_L
+        if self._multiple > 1:
+            rows, weights = align_rows(rows, sizes, self._multiple), align_rows(weights, sizes, self._multiple)
+            sizes = aligned_sizes(sizes, self._multiple)
+        return rows, torch.tensor(sizes, dtype=torch.int64), weights
 
     def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
-        """Back to the order of arrival; sum over the expert-tensor-parallel group in float32."""
-        rows = moves.ungroup_by_expert(hidden_states, self.plan)
-        if self.tp_size > 1:
-            rows = moves.reduce_scatter_over(rows, self.plan.gathered_splits_P, self.tp_group)
-        return rows
+        """The experts' outputs in the order of arrival."""
+        if self._multiple > 1 and not self.counts_on_device:
+            hidden_states = unalign_rows(hidden_states, self.transport.plan.rows_per_expert_L, self._multiple)
+        return self.transport.repack(hidden_states)
 
     def token_combine(self, hidden_states: Tensor) -> Tensor:
-        """The reverse all-to-all; the shared experts' second GEMM is launched behind it."""
+        """The reverse all-to-all; the overlapped shared experts' second GEMM is launched behind it."""
         if self.shared_experts is not None:
             self.shared_experts.wait_current_stream()
-        rows = moves.exchange_back(hidden_states, self.plan, self.ep_group)
+        (rows,) = self.transport.start_back(hidden_states).wait()
         if self.shared_experts is not None:
             self.shared_experts.linear_fc2_forward(rows)
             self.shared_experts.post_forward_comm()
         return rows
 
     def combine_postprocess(self, hidden_states: Tensor) -> Tensor:
-        """Sum each token's rows: [N, D] to [S, B, D], plus the overlapped shared experts."""
-        num_tokens, width = self.map_TE.shape[0], self.hidden_shape[-1]
+        """Sum each token's rows to [S, B, D]; plus the overlapped shared experts."""
+        map_TE, width = self.transport.plan.map_TE, self.hidden_shape[-1]
         if self._fused:
-            shape = torch.Size((num_tokens, width))
-            out = unpermute(hidden_states, self.row_id_map, shape, routing_map=self.map_TE, fused=True)
+            shape = torch.Size((map_TE.shape[0], width))
+            out = unpermute(hidden_states, self.row_id_map, shape, routing_map=map_TE, fused=True)
         else:
-            out = moves.unpermute(hidden_states, self.plan, num_tokens)
+            out = self.transport.unpack_back(hidden_states, map_TE.shape[0])
         out = out.view(self.hidden_shape)
         if self.shared_experts is not None:
             out = out + self.shared_experts.get_output()

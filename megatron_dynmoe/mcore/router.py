@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
@@ -34,6 +36,7 @@ class DynamicRouter(Router):
     ) -> None:
         super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
         self.dynmoe = dynmoe
+        self.on_map: Callable[[Tensor], None] | None = None  # told of the map before losses and statistics are computed
 
     def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Route [S, B, D] hidden states.
@@ -47,11 +50,13 @@ class DynamicRouter(Router):
         """
         x_TD = self._jitter(input).reshape(-1, input.shape[-1])
         routing = self.routing(x_TD)
+        if self.on_map is not None:
+            self.on_map(routing.map_TE)
         valid_T = None if padding_mask is None else ~padding_mask.reshape(-1)
         if self.training and not torch.is_grad_enabled():
             # The forward of a recompute: it runs again with gradients, and then losses and statistics count.
             return routing.weights_TE, routing.map_TE
-        self._observe(routing.map_TE if valid_T is None else routing.map_TE[valid_T])
+        self._observe(routing.map_TE if valid_T is None else routing.map_TE[valid_T], routing.cut)
         weights_TE = self._attach_losses(routing, valid_T) if self.training else routing.weights_TE
         return weights_TE, routing.map_TE
 
@@ -63,10 +68,10 @@ class DynamicRouter(Router):
     def _log_layer(self) -> int:
         return self.layer_number + (self.config.num_layers if self.is_mtp_layer else 0)
 
-    def _observe(self, map_TE: Tensor) -> None:
+    def _observe(self, map_TE: Tensor, cut: Tensor) -> None:
         tracker = get_moe_metrics_tracker()
         if isinstance(tracker, RoutingTracker) and self.layer_number is not None:
-            tracker.observe(self._log_layer - 1, map_TE, training=self.training)
+            tracker.observe(self._log_layer - 1, map_TE, cut, training=self.training)
 
     def _jitter(self, input: Tensor) -> Tensor:
         eps = self.dynmoe.input_jitter_eps

@@ -8,10 +8,11 @@ from typing import Any
 from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
 from torch import Tensor
 
-from megatron_dynmoe.metrics import RoutingStats, RoutingSummary
+from megatron_dynmoe.metrics import RoutingStats, RoutingSummary, Traffic
 
-# Called on every rank at the end of an interval: (iteration, summary, the training loop's sums) -> further scalars.
-IntervalHook = Callable[[int, RoutingSummary, dict[str, Any]], dict[str, float]]
+# Called on every rank at the end of an interval: (iteration, iterations counted, summary, the training loop's sums) ->
+# further scalars.
+IntervalHook = Callable[[int, int, RoutingSummary, dict[str, Any]], dict[str, float]]
 
 
 class RoutingTracker(MoEMetricsTracker):
@@ -42,16 +43,23 @@ class RoutingTracker(MoEMetricsTracker):
         self.stats = RoutingStats(num_layers, num_experts)
         self.evaluation_stats = RoutingStats(num_layers, num_experts)
         self.iteration: int | None = None  # the last one reported
+        # Iterations in the counts. Megatron's own sums differ: it logs the first iteration of a run and does not reset.
+        self.iterations = 0
         self.copies, self.log_interval = copies, log_interval
         self.loss_names, self.on_interval = loss_names, on_interval
 
-    def observe(self, layer: int, map_TE: Tensor, *, training: bool = True) -> None:
+    def observe(self, layer: int, map_TE: Tensor, cut: Tensor, *, training: bool = True) -> None:
         """Count the routing of one micro-batch at layer ``layer`` (from 0); evaluation is counted apart."""
-        (self.stats if training else self.evaluation_stats).add(layer, map_TE)
+        (self.stats if training else self.evaluation_stats).add(layer, map_TE, cut)
+
+    def observe_traffic(self, traffic: Traffic) -> None:
+        """Count what one dispatch puts on the wire."""
+        self.stats.traffic += traffic
 
     def report(self, loss_scale: float, iteration: int, *args: Any, **kwargs: Any) -> str:
         """megatron-core's report of the losses; at the end of an interval, ours of the routing as well."""
         self.iteration = iteration
+        self.iterations += 1
         names = list(kwargs.get("track_names") or [])
         kwargs["track_names"] = names + [name for name in self.loss_names if name not in names]
         text = super().report(loss_scale, iteration, *args, **kwargs)
@@ -60,7 +68,9 @@ class RoutingTracker(MoEMetricsTracker):
         summary = self.stats.reduce(divide_by=self.copies)
         scalars = summary.scalars()
         if self.on_interval is not None:
-            scalars |= self.on_interval(iteration, summary, kwargs.get("total_loss_dict") or {})
+            sums = kwargs.get("total_loss_dict") or {}
+            scalars |= self.on_interval(iteration, self.iterations, summary, sums)
+        self.iterations = 0
         self._log_scalars(scalars, iteration, kwargs.get("writer"), kwargs.get("wandb_writer"))
         if kwargs.get("per_layer_logging"):
             layers = {f"moe/experts_per_token_layer_{i}": k for i, k in summary.experts_per_token_by_layer.items()}

@@ -27,9 +27,20 @@ def route(x_TD: Tensor, weight_ED: Tensor, config: DynMoEConfig) -> Routing:
     """
     logits_TE, scores_TE = GATES[config.gate](x_TD, weight_ED)
     with torch.no_grad():
-        map_TE = cap_experts(RULES[config.rule](scores_TE, config), scores_TE, config.max_experts_per_token)
+        chosen_TE = RULES[config.rule](scores_TE, config)
+        map_TE = cap_experts(chosen_TE, scores_TE, config.max_experts_per_token)
+        map_TE = cap_rows(map_TE, scores_TE, row_bound(map_TE.shape[0], config))
+        cut = chosen_TE.sum() - map_TE.sum()
     weights_TE = finish_weights(scores_TE, map_TE, normalize=config.normalize_weights)
-    return Routing(weights_TE=weights_TE, map_TE=map_TE, scores_TE=scores_TE, logits_TE=logits_TE)
+    return Routing(weights_TE=weights_TE, map_TE=map_TE, scores_TE=scores_TE, logits_TE=logits_TE, cut=cut)
+
+
+def row_bound(num_tokens: int, config: DynMoEConfig) -> int | None:
+    """The memory guard's bound on rows for ``num_tokens`` tokens; ``None`` for no bound."""
+    bounds = [config.max_rows] if config.max_rows is not None else []
+    if config.max_rows_per_token is not None:
+        bounds.append(int(config.max_rows_per_token * num_tokens))
+    return max(min(bounds), num_tokens) if bounds else None
 
 
 def cap_experts(map_TE: Tensor, scores_TE: Tensor, cap: int | None) -> Tensor:
@@ -46,6 +57,25 @@ def cap_experts(map_TE: Tensor, scores_TE: Tensor, cap: int | None) -> Tensor:
     order_TE = chosen_TE.sort(dim=-1, descending=True, stable=True).indices
     within_TE = torch.zeros_like(map_TE).scatter(-1, order_TE[:, :cap], True)
     return map_TE & within_TE
+
+
+def cap_rows(map_TE: Tensor, scores_TE: Tensor, bound: int | None) -> Tensor:
+    """Keep at most ``bound`` assignments: each token's best, then the most probable of the others.
+
+    Args:
+        map_TE: bool.
+        scores_TE: float32.
+        bound: at least the number of tokens, or ``None``. Known on the host, so nothing waits for the device.
+    """
+    tokens, experts = map_TE.shape
+    if bound is None or bound >= tokens * experts or tokens == 0:
+        return map_TE
+    chosen_TE = scores_TE.masked_fill(~map_TE, -torch.inf)
+    best_TE = torch.zeros_like(map_TE).scatter(-1, chosen_TE.argmax(dim=-1, keepdim=True), True) & map_TE
+    # NaN would sort first and crowd the others out; its token keeps its best expert all the same.
+    extra = chosen_TE.masked_fill(best_TE, -torch.inf).nan_to_num(nan=-torch.inf, neginf=-torch.inf).flatten()
+    kept = torch.zeros_like(map_TE.flatten()).scatter(0, extra.topk(bound - tokens).indices, True)
+    return best_TE | (kept.view_as(map_TE) & map_TE)
 
 
 def finish_weights(scores_TE: Tensor, map_TE: Tensor, *, normalize: bool) -> Tensor:

@@ -70,11 +70,14 @@ class MetricsFile:
             os.close(handle)
 
 
-def log_interval(file: MetricsFile, iteration: int, summary: RoutingSummary, sums: dict[str, Any]) -> dict[str, float]:
+def log_interval(
+    file: MetricsFile, iteration: int, iterations: int, summary: RoutingSummary, sums: dict[str, Any]
+) -> dict[str, float]:
     """Rates and sizes of one log interval; also written to ``file``.
 
     Args:
         iteration: the iteration that ended the interval.
+        iterations: how many the summary counts.
         summary: what was routed in it.
         sums: Megatron's ``total_loss_dict`` of the interval.
 
@@ -82,12 +85,16 @@ def log_interval(file: MetricsFile, iteration: int, summary: RoutingSummary, sum
         scalars for the console, TensorBoard and W&B.
     """
     args = get_args()
-    iterations = max(sums.get("advanced iterations", 0) + sums.get("skipped iterations", 0), 1)
-    seconds = get_timers()("interval-time").elapsed(reset=False) / iterations
+    timed = max(sums.get("advanced iterations", 0) + sums.get("skipped iterations", 0), 1)
+    seconds = get_timers()("interval-time").elapsed(reset=False) / timed
     flops = routed_flops(args, summary.experts_per_token, args.global_batch_size)
     scalars = {
         "activated_parameters": model_shape(args).activated(summary.experts_per_token),
-        "rows_sent": summary.routed_rows / iterations,
+        "routed_rows": summary.routed_rows / iterations,
+        "rows_sent": summary.traffic.rows / iterations,
+        "rows_crossing": summary.traffic.crossing_rows / iterations,
+        "bytes_crossing": summary.traffic.crossing_bytes / iterations,
+        "rows_cut": summary.cut_rows / iterations,
         "tokens_per_second": args.global_batch_size * args.seq_length / seconds,
         "routed_TFLOP/s/GPU": flops / seconds / args.world_size / 1e12,
     }

@@ -1,0 +1,148 @@
+"""The primitive moves with their backward passes: gather and scatter-add, uneven all-to-all in two halves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def scatter_add(rows_ND: Tensor, index_N: Tensor, size: int) -> Tensor:
+    """out[index[n]] += rows[n], summed in float32, in the dtype of ``rows``; no autograd."""
+    wide = torch.promote_types(rows_ND.dtype, torch.float32)
+    out = torch.zeros(size, *rows_ND.shape[1:], dtype=wide, device=rows_ND.device)
+    return out.index_add_(0, index_N, rows_ND.to(wide)).to(rows_ND.dtype)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TD: Tensor, index_N: Tensor) -> Tensor:
+        ctx.save_for_backward(index_N)
+        ctx.size = x_TD.shape[0]
+        return x_TD.index_select(0, index_N)
+
+    @staticmethod
+    def backward(ctx, grad_ND: Tensor) -> tuple[Tensor, None]:
+        return scatter_add(grad_ND, ctx.saved_tensors[0], ctx.size), None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows_ND: Tensor, index_N: Tensor, size: int) -> Tensor:
+        ctx.save_for_backward(index_N)
+        return scatter_add(rows_ND, index_N, size)
+
+    @staticmethod
+    def backward(ctx, grad_TD: Tensor) -> tuple[Tensor, None, None]:
+        return grad_TD.index_select(0, ctx.saved_tensors[0]), None, None
+
+
+def gather_rows(x_TD: Tensor, index_N: Tensor) -> Tensor:
+    """x[index]: [T, D] to [N, D]."""
+    return _Gather.apply(x_TD, index_N)
+
+
+def scatter_rows(rows_ND: Tensor, index_N: Tensor, size: int) -> Tensor:
+    """Sum rows by index: [N, D] to [size, D]; an index that no row has gets 0."""
+    return _Scatter.apply(rows_ND, index_N, size)
+
+
+class _Start(torch.autograd.Function):
+    """Launch the all-to-all; its result must not be read before :class:`_Wait`."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, output_splits: list[int], input_splits: list[int], flight: Exchange) -> Tensor:
+        ctx.flight = flight
+        flight.splits = output_splits, input_splits
+        out = rows.new_empty(sum(output_splits), *rows.shape[1:])
+        flight.launch(out, rows, output_splits, input_splits)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.flight.land(), None, None, None  # launched by _Wait.backward; ``grad`` has served there
+
+
+class _Wait(torch.autograd.Function):
+    """Wait for the all-to-all; backward launches the reverse one and does not wait."""
+
+    @staticmethod
+    def forward(ctx, out: Tensor, flight: Exchange) -> Tensor:
+        ctx.flight = flight
+        flight.land()
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        output_splits, input_splits = ctx.flight.splits
+        back = grad.new_empty(sum(input_splits), *grad.shape[1:])
+        ctx.flight.launch(back, grad, input_splits, output_splits)
+        return grad, None
+
+
+class Exchange:
+    """One uneven all-to-all in flight, forward or backward.
+
+    Between the construction and :meth:`wait` other work may run; autograd runs that work's backward between the two
+    halves of the reverse exchange as well, because it takes nodes in the opposite order of their making.
+
+    Args:
+        rows: [sum of input_splits, ...].
+        output_splits, input_splits: rows from and to each rank of ``group``.
+        group: one rank or ``None``: nothing moves.
+    """
+
+    def __init__(
+        self, rows: Tensor, output_splits: list[int], input_splits: list[int], group: dist.ProcessGroup | None
+    ) -> None:
+        self.group = group
+        self.splits: tuple[list[int], list[int]] = (output_splits, input_splits)
+        self._work: Any = None
+        self._buffers: tuple[Tensor, Tensor] | None = None
+        alone = group is None or dist.get_world_size(group) == 1
+        self._out = rows if alone else _Start.apply(rows, output_splits, input_splits, self)
+        self._alone = alone
+
+    def launch(self, out: Tensor, rows: Tensor, output_splits: list[int], input_splits: list[int]) -> None:
+        """Start the collective; both buffers stay alive until :meth:`land`."""
+        rows = rows.contiguous()
+        self._buffers = out, rows
+        self._work = dist.all_to_all_single(out, rows, output_splits, input_splits, group=self.group, async_op=True)
+
+    def land(self) -> Tensor:
+        """Wait for what was launched last and hand out its result."""
+        self._work.wait()
+        out, _ = self._buffers
+        self._work = self._buffers = None
+        return out
+
+    def wait(self) -> Tensor:
+        """The rows received, ordered by sender."""
+        return self._out if self._alone else _Wait.apply(self._out, self)
+
+
+def all_to_all(
+    rows: Tensor, output_splits: list[int], input_splits: list[int], group: dist.ProcessGroup | None
+) -> Tensor:
+    """Start and wait at once."""
+    return Exchange(rows, output_splits, input_splits, group).wait()
+
+
+def gather_over(rows: Tensor, sizes_P: list[int], group: dist.ProcessGroup) -> Tensor:
+    """The rows of all ranks of ``group``, in rank order; rank p holds ``sizes_P[p]`` of them.
+
+    An all-gather of unequal parts, said as an all-to-all: the same bytes on the wire, nothing padded, and gloo, which
+    has no uneven all-gather, can do it.  Its backward sums the gradients of all ranks.
+    """
+    copies = rows.repeat(len(sizes_P), *([1] * (rows.dim() - 1)))
+    return all_to_all(copies, sizes_P, [rows.shape[0]] * len(sizes_P), group)
+
+
+def reduce_scatter_over(rows: Tensor, sizes_P: list[int], group: dist.ProcessGroup) -> Tensor:
+    """The reverse of :func:`gather_over`: sum over ranks, in float32; each keeps the part that is its own."""
+    mine = sizes_P[dist.get_rank(group)]
+    parts = all_to_all(rows, [mine] * len(sizes_P), sizes_P, group)
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    return parts.view(len(sizes_P), mine, *rows.shape[1:]).sum(dim=0, dtype=wide).to(rows.dtype)

@@ -1,0 +1,58 @@
+"""Per-expert rows: a token crosses once for each expert it visits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_dynmoe.dispatch.moves import gather_over, gather_rows, reduce_scatter_over, scatter_rows
+from megatron_dynmoe.dispatch.transport import Transport
+from megatron_dynmoe.routing import RoutePlan
+
+
+class PerExpertTransport(Transport):
+    """The unit on the wire is a (token, expert) pair: N rows leave, ready for the experts when they arrive."""
+
+    unit = "expert"
+
+    def pack(self, x_TD: Tensor, weights_TE: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows [N, D] and weights [N], ordered by expert, then token."""
+        plan = self.plan
+        return gather_rows(x_TD, plan.token_of_row_N), weights_TE[plan.token_of_row_N, plan.expert_of_row_N]
+
+    def unpack(self, rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Gather over the expert-tensor-parallel group, then chunks by sender become chunks by expert."""
+        sizes = self.plan.gathered_splits("expert")
+        if len(sizes) > 1:
+            rows, weights = gather_over(rows, sizes, self.tensor_group), gather_over(weights, sizes, self.tensor_group)
+        return group_by_expert(rows, self.plan), group_by_expert(weights, self.plan)
+
+    def repack(self, rows_ND: Tensor) -> Tensor:
+        """Back to the order of arrival; summed over the expert-tensor-parallel group."""
+        rows, sizes = ungroup_by_expert(rows_ND, self.plan), self.plan.gathered_splits("expert")
+        return reduce_scatter_over(rows, sizes, self.tensor_group) if len(sizes) > 1 else rows
+
+    def unpack_back(self, rows: Tensor, num_tokens: int) -> Tensor:
+        """Sum the rows of each token."""
+        return scatter_rows(rows, self.plan.token_of_row_N, num_tokens)
+
+
+def group_by_expert(rows: Tensor, plan: RoutePlan) -> Tensor:
+    """Rows by sender, then local expert, to rows by local expert, then sender."""
+    local = len(plan.received_PRL[0][0])
+    return _reorder(rows, plan.chunks_PRL, len(plan.chunks_PRL) // local, local)
+
+
+def ungroup_by_expert(rows: Tensor, plan: RoutePlan) -> Tensor:
+    """The reverse of :func:`group_by_expert`."""
+    local = len(plan.received_PRL[0][0])
+    senders = len(plan.chunks_PRL) // local
+    by_expert = [plan.chunks_PRL[s * local + e] for e in range(local) for s in range(senders)]
+    return _reorder(rows, by_expert, local, senders)
+
+
+def _reorder(rows: Tensor, sizes: list[int], major: int, minor: int) -> Tensor:
+    if major == 1 or minor == 1:
+        return rows
+    chunks = rows.split(sizes)
+    return torch.cat([chunks[a * minor + b] for b in range(minor) for a in range(major)])

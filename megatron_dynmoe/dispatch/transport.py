@@ -1,0 +1,75 @@
+"""What a transport does, whatever its unit on the wire."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_dynmoe.dispatch.moves import Exchange
+from megatron_dynmoe.routing import RoutePlan
+
+
+@dataclass(frozen=True)
+class Flight:
+    """Tensors on their way to other ranks."""
+
+    exchanges: tuple[Exchange, ...]
+
+    def wait(self) -> tuple[Tensor, ...]:
+        """The tensors that arrived."""
+        return tuple(exchange.wait() for exchange in self.exchanges)
+
+
+class Transport(ABC):
+    """One dispatch and its combine along one plan.
+
+    Args:
+        plan: the counts.
+        group: the expert-parallel group; ``None`` or one rank: nothing crosses.
+        tensor_group: the expert-tensor-parallel group, whose ranks gather each other's rows and sum their outputs.
+    """
+
+    unit: str
+
+    def __init__(
+        self,
+        plan: RoutePlan,
+        *,
+        group: dist.ProcessGroup | None = None,
+        tensor_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        self.plan, self.group, self.tensor_group = plan, group, tensor_group
+
+    @property
+    def splits(self) -> tuple[list[int], list[int]]:
+        """Rows on the wire: (received from, sent to) each expert-parallel rank."""
+        return self.plan.wire_splits(self.unit)
+
+    @abstractmethod
+    def pack(self, x_TD: Tensor, weights_TE: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states to rows [M, D] in the order of their destinations, and the weights that go with them."""
+
+    def start(self, rows: Tensor, weights: Tensor) -> Flight:
+        """Send rows and weights on their way."""
+        received, sent = self.splits
+        return Flight(tuple(Exchange(tensor, received, sent, self.group) for tensor in (rows, weights)))
+
+    @abstractmethod
+    def unpack(self, rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """What arrived to rows [N, D] ordered by local expert and their weights [N]."""
+
+    @abstractmethod
+    def repack(self, rows_ND: Tensor) -> Tensor:
+        """The experts' outputs to rows [M, D] in the order of arrival."""
+
+    def start_back(self, rows: Tensor) -> Flight:
+        """Send outputs back to where their tokens live."""
+        received, sent = self.splits
+        return Flight((Exchange(rows, sent, received, self.group),))
+
+    @abstractmethod
+    def unpack_back(self, rows: Tensor, num_tokens: int) -> Tensor:
+        """Sum the rows of each token: [M, D] to [T, D]; a token without rows gets 0."""
