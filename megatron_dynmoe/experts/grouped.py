@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_dynmoe.experts.activation import gated_activation
+
 
 def grouped_mlp(
     rows_ND: Tensor,
@@ -39,11 +41,9 @@ def grouped_mlp(
     )
     hidden = _grouped_linear(rows_ND, fc1_LGD, ends_L)
     if gated:
-        gate, up = hidden.chunk(2, dim=-1)
-        hidden = activation(gate) * up
+        hidden = gated_activation(hidden, weights_N, activation)
     else:
-        hidden = activation(hidden)
-    hidden = (hidden * weights_N.unsqueeze(-1)).to(rows_ND.dtype)
+        hidden = (activation(hidden) * weights_N.unsqueeze(-1)).to(rows_ND.dtype)
     return _grouped_linear(hidden, fc2_LDF, ends_L)
 
 
