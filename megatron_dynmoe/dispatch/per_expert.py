@@ -17,8 +17,10 @@ class PerExpertTransport(Transport):
 
     def pack(self, x_TD: Tensor, weights_TE: Tensor) -> tuple[Tensor, Tensor]:
         """Rows [N, D] and weights [N], ordered by expert, then token."""
-        plan = self.plan
-        return gather_rows(x_TD, plan.token_of_row_N), weights_TE[plan.token_of_row_N, plan.expert_of_row_N]
+        token_N, expert_N = self.plan.token_of_row_N, self.plan.expert_of_row_N
+        # One flat index: the backward of two would have to sort them, in case a weight were taken twice.
+        weights_N = gather_rows(weights_TE.reshape(-1), token_N * weights_TE.shape[1] + expert_N)
+        return gather_rows(x_TD, token_N), weights_N
 
     def unpack(self, rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Gather over the expert-tensor-parallel group, then chunks by sender become chunks by expert."""

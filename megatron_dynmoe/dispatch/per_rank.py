@@ -28,7 +28,8 @@ class PerRankTransport(Transport):
         weights_TE = weights_TE.masked_fill(~self.plan.map_TE, -torch.inf)
         tokens, experts = weights_TE.shape
         ranks = len(self.plan.pairs_sent_R)
-        return gather_rows(x_TD, token_M), weights_TE.view(tokens, ranks, experts // ranks)[token_M, rank_M]
+        weights_ML = gather_rows(weights_TE.view(tokens * ranks, experts // ranks), token_M * ranks + rank_M)
+        return gather_rows(x_TD, token_M), weights_ML
 
     def unpack(self, rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Copy each row to the local experts it visits: rows [N, D] by expert, then sender and token."""
@@ -39,7 +40,8 @@ class PerRankTransport(Transport):
         self._arrived = rows.shape[0]
         index_N2 = torch.nonzero_static(chosen_ML.t(), size=sum(self.plan.rows_per_expert_L))
         expert_N, self._row_N = index_N2.unbind(dim=1)
-        return gather_rows(rows, self._row_N), weights[self._row_N, expert_N]
+        weights_N = gather_rows(weights.reshape(-1), self._row_N * weights.shape[1] + expert_N)
+        return gather_rows(rows, self._row_N), weights_N
 
     def repack(self, rows_ND: Tensor) -> Tensor:
         """Sum the outputs of the local experts for each row that arrived, in float32."""
