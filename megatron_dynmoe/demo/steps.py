@@ -24,8 +24,8 @@ PROMPT = "def read_lines(path):\n"
 
 CORPUS_MEGABYTES = 24
 VOCABULARY = 4096
-ITERATIONS = 240
-SAVED_AT = 120
+ITERATIONS = 200
+SAVED_AT = 100
 
 MODEL: dict[str, Any] = {
     "num-layers": 4,
