@@ -23,7 +23,8 @@ sys.path[:0] = [str(ROOT)] if str(ROOT) not in sys.path else []
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the memory pass uses torch's profiler, which announces itself
 
 FULL = {"tokens": 4096, "width": 512, "expert_width": 1408, "experts": 16, "mean_k": "1,2,4,8,16", "repeats": 7}
-QUICK = {"tokens": 512, "width": 128, "expert_width": 352, "experts": 8, "mean_k": "1,2,4,8", "repeats": 5}
+QUICK = {"tokens": 512, "width": 128, "expert_width": 352, "experts": 8, "mean_k": "1,2,8", "repeats": 3, "threads": 1}
+QUICK_SECONDS = 15.0  # beside some ten for imports
 ON_GPU = {"tokens": 16384, "width": 2048}
 
 
@@ -46,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         methods=options.methods,
         settings=tuple(settings_of(**{n: getattr(options, n) for n in names}, dtype=getattr(torch, options.dtype))),
         repeats=options.repeats,
+        seconds=QUICK_SECONDS if options.quick else None,
         threads=options.threads,
         cuda=cuda,
     )
@@ -69,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", choices=["float32", "bfloat16"], help="default: float32 on the CPU, bfloat16 on a GPU")
     add("--repeats", type=int, help="timed rounds (default: 7)")
     add("--methods", metavar="LIST", help="default: all; the floor is always measured")
-    add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads of all ranks together")
+    add("--threads", type=int, help="CPU threads of each rank (default: all cores, divided by the ranks; 1 if quick)")
     add("--quick", action="store_true", help="small sizes and fewer rounds, for what is not given")
     add("--cpu", action="store_true", help="the CPU also where there is a GPU")
     for name, what in {"json": "rows", "markdown": "table", "plot": "picture (needs matplotlib)"}.items():
@@ -113,11 +115,13 @@ def _why_not(options: argparse.Namespace, cuda: bool) -> str | None:
     if FLOOR not in options.methods:
         options.methods.append(FLOOR)
     for name in ("tokens", "width", "expert_width", "experts", "repeats", "threads"):
-        if getattr(options, name) < 1:
+        if getattr(options, name) is not None and getattr(options, name) < 1:
             return f"--{name.replace('_', '-')} is {getattr(options, name)}; accepted: 1 or more."
     for name in ("width", "expert_width"):  # grouped_mm reads rows in units of 16 bytes
         if getattr(options, name) % 8:
             return f"--{name.replace('_', '-')} is {getattr(options, name)}; accepted: multiples of 8."
+    if options.plot and options.plot.suffix not in (".png", ".pdf", ".svg"):
+        return f"--plot is {options.plot}; accepted: a name that ends in .png, .pdf or .svg."
     for k in options.mean_k:
         if not 1 <= k <= options.experts:
             return f"--mean-k has {k:g}; accepted: 1 to {options.experts}, the number of experts."
@@ -132,7 +136,8 @@ def _why_not(options: argparse.Namespace, cuda: bool) -> str | None:
 def _head(options: argparse.Namespace, cuda: bool) -> str:
     import torch
 
-    device = torch.cuda.get_device_name() if cuda else f"CPU, {options.threads} threads"
+    threads = f"{options.threads} a rank" if options.threads else f"{len(os.sched_getaffinity(0))} shared by the ranks"
+    device = torch.cuda.get_device_name() if cuda else f"CPU threads: {threads}"
     return (
         f"{options.tokens} tokens a rank, width {options.width}, {options.experts} SwiGLU experts of width "
         f"{options.expert_width}, {options.dtype}, {device}, torch {torch.__version__}; forward and backward, "
@@ -148,6 +153,10 @@ def _run(plan: Any, output: Any) -> int:
 
     from benchmarks.competitors import module_of
 
+    # As CUDA's allocator does, let the ranks' malloc keep what was freed: otherwise the time of every method, the floor
+    # included, contains some tenth of fresh pages. Set before the processes start, because malloc reads it once.
+    os.environ.setdefault("MALLOC_MMAP_MAX_", "0")
+    os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(1 << 40))
     ranks = max(setting.ep for setting in plan.settings)
     # What is slow to import is imported once, by the server that all ranks are forked from.
     multiprocessing.set_forkserver_preload(["benchmarks.measure", *{module_of(name) for name in plan.methods}])

@@ -1,7 +1,7 @@
 """One rank of ``bench_moe_layer.py``: time the methods of a case in turn, then weigh their memory.
 
-Time: every round runs every method once, starting with another one each round, so that whatever drifts (clocks,
-neighbours) touches all alike; a round's time of a method is that of its slowest rank; the median over rounds is kept.
+Time: every round runs every method once, in another order each round, so that whatever drifts (clocks, neighbours)
+touches all alike; a round's time of a method is that of its slowest rank; the median over rounds is kept.
 Memory: a pass of its own, untimed. On CUDA the allocator's peak; on the CPU the peak of what torch's allocator handed
 out, from the profiler's record of every allocation, temporaries inside kernels included. Either way what was there
 before (inputs, weights) is not counted, and gradients are.
@@ -10,6 +10,7 @@ before (inputs, weights) is not counted, and gradients are.
 from __future__ import annotations
 
 import os
+import random
 import signal
 import statistics
 import time
@@ -27,7 +28,7 @@ from benchmarks.competitors.case import Case, Setting
 from benchmarks.competitors.method import Method, NotPossible, Wire
 from benchmarks.report import Output
 
-WARM_UP = 2
+WARM_UP = 1
 # A method this many times slower than the floor is timed in SLOW_ROUNDS rounds only: its median needs no precision.
 SLOW, SLOW_ROUNDS = 5.0, 3
 
@@ -39,13 +40,15 @@ class Plan:
     Attributes:
         methods: names; the floor is among them.
         settings: the cases, in order.
-        repeats: rounds. threads: CPU threads of all ranks together.
+        repeats: rounds. seconds: stop early, after one round a case at least, to end in about this time; or ``None``.
+        threads: CPU threads of each rank, or ``None`` to divide the cores among the ranks.
     """
 
     methods: Sequence[str]
     settings: Sequence[Setting]
     repeats: int
-    threads: int
+    seconds: float | None
+    threads: int | None
     cuda: bool
 
 
@@ -66,11 +69,13 @@ def rank_main(rank: int, ranks: int, plan: Plan, folder: str, output: Output) ->
     rows: list[Row] = []
     total = len(plan.settings) * (WARM_UP + plan.repeats + 1)
     with tqdm(total=total, unit="round", disable=None if rank == 0 else True) as bar:
-        for setting in plan.settings:
+        begin = time.monotonic()
+        for number, setting in enumerate(plan.settings):
             if rank < setting.ep:
-                torch.set_num_threads(max(1, plan.threads // setting.ep))
+                torch.set_num_threads(plan.threads or max(1, len(os.sched_getaffinity(0)) // setting.ep))
                 case = Case.make(setting, rank, device, groups[setting.ep], alone)
-                rows += measure(case, plan, lambda: bar.update())
+                left = plan.seconds and plan.seconds - (time.monotonic() - begin)
+                rows += measure(case, plan, bar.update, left and left / (len(plan.settings) - number))
             if rank == 0:
                 output.update(rows)
             dist.barrier()  # ranks without work in a case wait here, asleep
@@ -87,17 +92,25 @@ def settings_of(
         yield Setting(mean_k=k, histogram=name, ep=ranks, **shape)
 
 
-def measure(case: Case, plan: Plan, advance: Callable[[], Any]) -> list[Row]:
-    """Time and weigh every method that can run the case.
+def measure(case: Case, plan: Plan, advance: Callable[[], Any], seconds: float | None) -> list[Row]:
+    """Time and weigh every method that can run the case; in about ``seconds``, if they are given.
 
     Returns:
         one row a method, the floor's included; times in seconds, sizes in bytes.
     """
     methods = list(_possible(plan.methods, case))
     times: dict[str, list[float]] = {method.name: [] for method in methods}
+    begin = time.monotonic()
     for turn in range(WARM_UP + plan.repeats):
-        start = turn % len(methods)
-        for method in methods[start:] + methods[:start]:
+        if (
+            seconds is not None
+            and turn > WARM_UP
+            and _of_all_ranks([time.monotonic() - begin], case, dist.ReduceOp.MAX)[0] > seconds
+        ):
+            advance()
+            continue
+        # Another order each round, the same on all ranks: what runs before leaves the caches as it likes them.
+        for method in random.Random(turn).sample(methods, len(methods)):
             taken = times[method.name]
             if turn >= WARM_UP + SLOW_ROUNDS and statistics.median(taken) > SLOW * statistics.median(times[FLOOR]):
                 continue

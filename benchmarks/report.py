@@ -116,7 +116,7 @@ def _linearity(some: dict[tuple, Row]) -> Iterator[str]:
         mean_k, mean_s = (sum(column) / len(points) for column in zip(*points, strict=True))
         spread = sum((k - mean_k) ** 2 for k, _ in points)
         slope = sum((k - mean_k) * (s - mean_s) for k, s in points) / spread
-        far = max(abs(s / (mean_s + slope * (k - mean_k)) - 1) for k, s in points)
+        far = max(abs((mean_s + slope * (k - mean_k)) / s - 1) for k, s in points)
         yield f"{OURS}, {histogram}: time is a straight line in mean k within {far:.1%}"
 
 
@@ -132,7 +132,9 @@ def write_plot(path: Path, title: str, rows: list[Row]) -> None:
     from matplotlib import pyplot
 
     panels = sorted({(row["ep"], row["histogram"]) for row in rows})
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.5 * len(panels), 4), squeeze=False, layout="constrained")
+    figure, axes = pyplot.subplots(
+        1, len(panels), figsize=(4.5 * len(panels), 4), squeeze=False, sharey=True, layout="constrained"
+    )
     for (ep, histogram), axis in zip(panels, axes[0], strict=True):
         here = [row for row in rows if (row["ep"], row["histogram"]) == (ep, histogram)]
         for method in dict.fromkeys(row["method"] for row in here):
@@ -145,7 +147,7 @@ def write_plot(path: Path, title: str, rows: list[Row]) -> None:
     axes[0][0].set_ylabel("ms, forward and backward")
     axes[0][0].legend(fontsize="small")
     figure.suptitle(title, fontsize="medium")
-    kind = path.suffix.removeprefix(".") or "png"
+    kind = path.suffix.removeprefix(".")
     _replace(path, lambda beside: figure.savefig(beside, format=kind, dpi=130))
     pyplot.close(figure)
 

@@ -17,10 +17,11 @@ from benchmarks.competitors.method import Method, NotPossible, StackedMethod, Wi
 from megatron_dynmoe import host
 from megatron_dynmoe.experts import grouped_mlp
 
-host.enable()  # before megatron asks for CUDA; does nothing where CUDA is
-
+# megatron says several times which optional packages it does without.
+warnings.filterwarnings("ignore", module="megatron")
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # megatron says several times which optional packages it does without
+    warnings.simplefilter("ignore")
+    host.enable()  # before megatron asks for CUDA; does nothing where CUDA is
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
