@@ -5,7 +5,7 @@ from __future__ import annotations
 from megatron_dynmoe.routing import RoutePlan
 
 # Per-rank rows copy and sum on both sides of the wire, which costs memory traffic that per-expert rows do not have.
-# They are chosen when they save at least this share of the bytes; see benchmarks/README.md for the measurement.
+# They are chosen when they save at least this share of the bytes; benchmarks/README.md has the measurement.
 SAVING = 0.2
 
 
