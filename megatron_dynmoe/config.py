@@ -89,8 +89,8 @@ class DynMoEConfig:
         Raises:
             ConfigError: on the first value that is not accepted.
         """
-        for name, accepted in NAMES.items():
-            self._require(name, getattr(self, name) in accepted, f"one of {', '.join(accepted)}")
+        for name, names in NAMES.items():
+            self._require(name, getattr(self, name) in names, f"one of {', '.join(names)}")
         self._require("top_p", _is_number(self.top_p) and 0 <= self.top_p <= 1, "a number in [0, 1]")
         self._require("topk", _is_count(self.topk), "a whole number of at least 1")
         cap = self.max_experts_per_token

@@ -113,6 +113,7 @@ class Exchange:
 
     def land(self) -> Tensor:
         """Wait for what was launched last and hand out its result."""
+        assert self._work is not None and self._buffers is not None, "nothing was launched"
         self._work.wait()
         out, _ = self._buffers
         self._work = self._buffers = None
