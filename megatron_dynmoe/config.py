@@ -53,7 +53,8 @@ class DynMoEConfig:
 
     max_rows: int | None = None
     """Memory guard: upper bound on the routed rows of one layer and micro-batch on each rank. Above it the least
-    probable extra assignments are cut; a token's best expert stays, so the bound is never below the token count."""
+    probable extra assignments are cut; a token's best expert stays, so the bound is never below the token count.
+    It holds while training."""
 
     max_rows_per_token: float | None = None
     """The same bound as a multiple of the rank's token count; with both, the smaller one holds."""

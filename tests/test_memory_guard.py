@@ -39,6 +39,13 @@ def best(routing):
     return torch.zeros_like(routing.map_TE).scatter(1, routing.scores_TE.argmax(dim=1, keepdim=True), True)
 
 
+def test_evaluation_is_not_bounded():
+    x, weight = torch.randn(50, 8), torch.randn(6, 8)
+    bounded, free = DynMoEConfig(top_p=0.9, max_rows=50), DynMoEConfig(top_p=0.9)
+    assert torch.equal(route(x, weight, bounded, guard=False).map_TE, route(x, weight, free).map_TE)
+    assert int(route(x, weight, bounded).map_TE.sum()) == 50
+
+
 def test_tokens_without_experts_stay_without():
     routing_map = torch.tensor([[False, False], [True, True]])
     assert cap_rows(routing_map, torch.tensor([[0.6, 0.4], [0.6, 0.4]]), 2).tolist() == [[False, False], [True, False]]

@@ -62,7 +62,7 @@ class DynamicRouter(Router):
 
     def routing(self, x_TD: Tensor) -> Routing:
         """The routing decision; override to route another way."""
-        return route(x_TD, self.weight, self.dynmoe)
+        return route(x_TD, self.weight, self.dynmoe, guard=self.training)
 
     @property
     def _log_layer(self) -> int:

@@ -14,13 +14,15 @@ if TYPE_CHECKING:
     from megatron_dynmoe.config import DynMoEConfig
 
 
-def route(x_TD: Tensor, weight_ED: Tensor, config: DynMoEConfig) -> Routing:
+def route(x_TD: Tensor, weight_ED: Tensor, config: DynMoEConfig, *, guard: bool = True) -> Routing:
     """Route each token: which experts, with what weight.
 
     Args:
         x_TD: hidden states, any float dtype.
         weight_ED: the router's weight.
         config: gate, rule, cap and normalisation.
+        guard: hold the memory guard's bound on rows. It is for training: a token's experts would depend on the other
+            tokens of the batch, which an evaluated or exported model's must not.
 
     Returns:
         Routing, float32. Gradients reach ``x_TD`` and ``weight_ED`` through the weights; the choice itself has none.
@@ -29,7 +31,8 @@ def route(x_TD: Tensor, weight_ED: Tensor, config: DynMoEConfig) -> Routing:
     with torch.no_grad():
         chosen_TE = RULES[config.rule](scores_TE, config)
         map_TE = cap_experts(chosen_TE, scores_TE, config.max_experts_per_token)
-        map_TE = cap_rows(map_TE, scores_TE, row_bound(map_TE.shape[0], config))
+        if guard:
+            map_TE = cap_rows(map_TE, scores_TE, row_bound(map_TE.shape[0], config))
         cut = chosen_TE.sum() - map_TE.sum()
     weights_TE = finish_weights(scores_TE, map_TE, normalize=config.normalize_weights)
     return Routing(weights_TE=weights_TE, map_TE=map_TE, scores_TE=scores_TE, logits_TE=logits_TE, cut=cut)
