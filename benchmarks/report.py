@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,7 +147,7 @@ def write_plot(path: Path, title: str, rows: list[Row]) -> None:
         axis.minorticks_off()
     axes[0][0].set_ylabel("ms, forward and backward")
     axes[0][0].legend(fontsize="small")
-    figure.suptitle(title, fontsize="medium")
+    figure.suptitle(textwrap.fill(title, width=62 * len(panels)), fontsize="medium")
     kind = path.suffix.removeprefix(".")
     _replace(path, lambda beside: figure.savefig(beside, format=kind, dpi=130))
     pyplot.close(figure)
