@@ -11,11 +11,14 @@ from typing import Any, Self
 
 # Names that a field accepts.  routers/registry.py adds those of gates and rules that are registered from elsewhere.
 NAMES: dict[str, list[str]] = {
-    "gate": ["softmax"],
-    "rule": ["top-p", "top-k"],
+    "gate": ["softmax", "cosine"],
+    "rule": ["top-p", "top-k", "top-any"],
+    "added_expert_init": ["keep", "fresh", "copy"],
     "expert_backend": ["auto", "torch", "sequential", "te"],
     "dispatch_unit": ["auto", "expert", "rank"],
 }
+
+COEFFICIENTS = ("load_balance_coeff", "entropy_coeff", "diversity_coeff", "simplicity_coeff", "efficiency_coeff")
 
 
 class ConfigError(ValueError):
@@ -35,11 +38,13 @@ class DynMoEConfig:
     """
 
     gate: str = "softmax"
-    """Gate: how hidden states become scores. 'softmax': a linear map, then softmax over the experts, in float32."""
+    """Gate: how hidden states become scores, in float32. 'softmax': a linear map, then softmax over the experts;
+    'cosine': the sigmoid of the scaled cosine with each expert's embedding (DynMoE)."""
 
     rule: str = "top-p"
     """Rule: which experts a token visits. 'top-p': the smallest set whose probability exceeds --moe-top-p
-    (Dynamic MoE); 'top-k': the --moe-router-topk most probable (Switch with 1, GShard with 2)."""
+    (Dynamic MoE); 'top-k': the --moe-router-topk most probable (Switch with 1, GShard with 2); 'top-any': all whose
+    score passes their own learned threshold, perhaps none (DynMoE; needs gate 'cosine')."""
 
     top_p: float = 0.4
     """Probability mass p in [0, 1] that a token's experts must exceed under rule 'top-p': 0 keeps the best expert
@@ -47,6 +52,12 @@ class DynMoEConfig:
 
     topk: int = _megatron("moe_router_topk", 2)
     """Experts per token under rule 'top-k'."""
+
+    cosine_scale: float = 1.0
+    """Scale of cosines and thresholds before the sigmoid, under gate 'cosine'; the initial one if it is trained."""
+
+    train_cosine_scale: bool = False
+    """Train that scale."""
 
     max_experts_per_token: int | None = None
     """Upper bound on the experts of one token, under every rule; the most probable stay. Unset: no bound."""
@@ -69,11 +80,47 @@ class DynMoEConfig:
     entropy_coeff: float = 0.0
     """Weight beta of the entropy ('dynamic') loss, which keeps a top-p router from flat distributions."""
 
+    diversity_coeff: float = 0.0
+    """Weight of the diversity loss, which keeps the embeddings of active experts apart (gate 'cosine')."""
+
+    simplicity_coeff: float = 0.0
+    """Weight of the simplicity loss, which keeps the embeddings of active experts short (gate 'cosine')."""
+
+    efficiency_coeff: float = 0.0
+    """Weight of the efficiency loss, the share of all (token, expert) pairs that is routed (rule 'top-any')."""
+
     z_loss_coeff: float | None = _megatron("moe_z_loss_coeff", None)
     """Weight of the router z-loss; unset: none."""
 
     input_jitter_eps: float | None = _megatron("moe_input_jitter_eps", None)
     """Multiply the router's input by uniform noise in [1 - eps, 1 + eps] while training; unset: none."""
+
+    adaptive_experts: bool = False
+    """Let the number of experts adapt: --num-experts are slots, those that no token visits are removed, and slots are
+    added where tokens visit nobody (DynMoE; needs rule 'top-any')."""
+
+    initial_experts: int | None = None
+    """Slots that are active at the start of training, with --moe-adaptive-experts; unset: all."""
+
+    record_from: int = 300
+    """Iteration of a period from which routing is recorded; 0 is the first."""
+
+    update_at: int = 600
+    """Iteration of a period at whose start experts are removed and added, and the recording ends."""
+
+    update_period: int = 900
+    """Iterations from one update to the next; 0: only by hand."""
+
+    max_added_experts: int = 1
+    """Experts added in one update at most; DynMoE adds one."""
+
+    added_expert_init: str = "keep"
+    """Weights of an added expert: 'keep', what its slot holds (DynMoE); 'fresh', newly initialised; 'copy', those of
+    the most similar active expert. With the last two its optimizer state starts again."""
+
+    residual: bool = False
+    """Mix the shared expert and the routed experts by a learned softmax over the two, per token (residual MoE)
+    instead of adding them; needs --moe-shared-expert-intermediate-size."""
 
     expert_backend: str = "auto"
     """Who computes the experts: 'torch' (grouped_mm on ragged groups, CPU and CUDA), 'sequential' (Megatron's loop),
@@ -100,12 +147,43 @@ class DynMoEConfig:
         self._require("max_rows", rows is None or _is_count(rows), "a whole number of at least 1, or unset")
         accepted = share is None or (_is_number(share) and share >= 1)
         self._require("max_rows_per_token", accepted, "a number of at least 1, or unset")
-        for name in ("load_balance_coeff", "entropy_coeff"):
+        for name in COEFFICIENTS:
             value = getattr(self, name)
             self._require(name, _is_number(value) and value >= 0, "a number of at least 0")
         z_loss, jitter = self.z_loss_coeff, self.input_jitter_eps
         self._require("z_loss_coeff", z_loss is None or (_is_number(z_loss) and z_loss >= 0), "a number of at least 0")
         self._require("input_jitter_eps", jitter is None or (_is_number(jitter) and 0 <= jitter < 1), "in [0, 1)")
+        self._check_cosine()
+        self._check_adaptation()
+
+    def _check_cosine(self) -> None:
+        scale = self.cosine_scale
+        self._require("cosine_scale", _is_number(scale) and 0 < scale <= 100, "a number above 0, at most 100")
+        cosine = self.gate == "cosine"
+        self._require("rule", self.rule != "top-any" or cosine, "another rule, or 'top-any' with --moe-gate cosine")
+        for name in ("diversity_coeff", "simplicity_coeff"):
+            self._require(name, cosine or not getattr(self, name), "0, or --moe-gate cosine")
+        self._require("efficiency_coeff", self.rule == "top-any" or not self.efficiency_coeff, "0, or rule 'top-any'")
+        what = "0: the scores of --moe-gate cosine are no probabilities"
+        self._require("entropy_coeff", not cosine or not self.entropy_coeff, what)
+
+    def _check_adaptation(self) -> None:
+        adaptive, initial = self.adaptive_experts, self.initial_experts
+        self._require("adaptive_experts", not adaptive or self.rule == "top-any", "off, or --moe-rule top-any")
+        self._require(
+            "initial_experts", initial is None or _is_count(initial), "a whole number of at least 1, or unset"
+        )
+        self._require("initial_experts", initial is None or adaptive, "unset, or --moe-adaptive-experts")
+        self._require("max_added_experts", _is_count(self.max_added_experts), "a whole number of at least 1")
+        start, end, period = self.record_from, self.update_at, self.update_period
+        self._require("update_period", period == 0 or _is_count(period), "a whole number of at least 0")
+        self._require("record_from", start == 0 or _is_count(start), "a whole number of at least 0")
+        self._require("update_at", _is_count(end), "a whole number of at least 1")
+        if period > 0:
+            wanted = (
+                f"after --moe-record-from {start}, at most --moe-update-period {period}: else the window never ends"
+            )
+            self._require("update_at", start < end <= period, wanted)
 
     def _require(self, name: str, accepted: bool, wanted: str) -> None:
         if not accepted:
@@ -129,6 +207,15 @@ PRESETS: dict[str, dict[str, Any]] = {
     "switch": {"rule": "top-k", "topk": 1, "load_balance_coeff": 1e-2},
     # Lepikhin et al. 2020, arXiv 2006.16668: two experts, weights normalised over the pair.
     "gshard": {"rule": "top-k", "topk": 2, "normalize_weights": True, "load_balance_coeff": 1e-2},
+    # Guo et al. 2024, arXiv 2405.14297: top-any gating, both losses at 1e-2; scale and schedule are those of the public
+    # code's DeepSpeed layer (scale 1, not trained; record from 300, update at 600, period 900).
+    "dynmoe": {
+        "gate": "cosine",
+        "rule": "top-any",
+        "diversity_coeff": 1e-2,
+        "simplicity_coeff": 1e-2,
+        "adaptive_experts": True,
+    },
 }
 
 

@@ -6,7 +6,7 @@ before that.
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -47,6 +47,8 @@ class RoutingSummary:
         routed_rows: (token, expert) pairs, all layers and ranks.
         tokens: tokens seen by one MoE layer.
         cut_rows: assignments that the rule chose and a bound took away, all layers and ranks.
+        unrouted: share of tokens that visit no expert, mean over MoE layers.
+        unrouted_by_layer: the same by layer index.
         traffic: of all layers and ranks; with the alltoall dispatcher.
     """
 
@@ -57,6 +59,8 @@ class RoutingSummary:
     routed_rows: int
     tokens: int
     cut_rows: int = 0
+    unrouted: float = 0.0
+    unrouted_by_layer: dict[int, float] = field(default_factory=dict)
     traffic: Traffic = Traffic()
 
     def scalars(self) -> dict[str, float]:
@@ -65,6 +69,7 @@ class RoutingSummary:
             "experts_per_token": self.experts_per_token,
             "experts_per_token_p99": float(self.experts_per_token_p99),
             "load_imbalance": self.load_imbalance,
+            "unrouted_tokens": self.unrouted,
         }
 
 
@@ -118,6 +123,7 @@ def summarize(counts: Tensor, num_experts: int) -> RoutingSummary:
         return RoutingSummary(0.0, 0, {}, 0.0, 0, 0)
     by_layer = {layer: rows[layer].sum().item() / tokens[layer].item() for layer in moe}
     imbalance = [rows[layer].max().item() * num_experts / max(rows[layer].sum().item(), 1) for layer in moe]
+    unrouted = {layer: histogram[layer, 0].item() / tokens[layer].item() for layer in moe}
     cumulative = histogram.sum(dim=0).cumsum(0)
     p99 = int(torch.searchsorted(cumulative, -(-cumulative[-1] * 99 // 100)))
     return RoutingSummary(
@@ -128,6 +134,8 @@ def summarize(counts: Tensor, num_experts: int) -> RoutingSummary:
         routed_rows=int(rows.sum()),
         tokens=int(tokens[moe[0]]),
         cut_rows=int(counts[:, -1].sum()),
+        unrouted=sum(unrouted.values()) / len(moe),
+        unrouted_by_layer=unrouted,
     )
 
 
@@ -140,6 +148,7 @@ class ModelShape:
         width: D. heads, head_width, query_groups: attention.
         dense_width: width of the dense feed-forward part. expert_width: F. experts: E.
         shared_width: width of the shared expert, 0 for none. vocabulary: padded size.
+        router_extra: parameters that a layer's router and mixer have beside the router's weight [E, D].
         gated: SwiGLU (three matrices) or two. tied: output layer shares the embedding.
     """
 
@@ -154,6 +163,7 @@ class ModelShape:
     experts: int
     vocabulary: int
     shared_width: int = 0
+    router_extra: int = 0
     gated: bool = True
     tied: bool = False
 
@@ -168,10 +178,10 @@ class ModelShape:
         matrices = 3 if self.gated else 2
         attention = 2 * self.width * self.head_width * (self.heads + self.query_groups)
         dense = (self.layers - self.moe_layers) * matrices * self.width * self.dense_width
-        moe = self.moe_layers * (self.experts * self.width + matrices * self.width * self.shared_width)
+        moe = self.experts * self.width + self.router_extra + matrices * self.width * self.shared_width
         norms = (2 * self.layers + 1) * self.width
         embeddings = (1 if self.tied else 2) * self.vocabulary * self.width
-        return embeddings + self.layers * attention + dense + moe + norms
+        return embeddings + self.layers * attention + dense + self.moe_layers * moe + norms
 
     @property
     def total(self) -> int:

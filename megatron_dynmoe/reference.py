@@ -35,6 +35,30 @@ def top_k_set(probabilities: list[float], k: int) -> set[int]:
     return set(sorted(range(len(probabilities)), key=lambda e: -probabilities[e])[:k])
 
 
+def cosine_scores(x_TD: Tensor, weight_ED: Tensor, scale: float) -> Tensor:
+    """sigmoid(scale * cos(x, w_e)), one pair at a time."""
+    cosines = [[torch.dot(x, w) / (torch.dot(x, x) * torch.dot(w, w)).sqrt() for w in weight_ED] for x in x_TD]
+    return torch.stack([torch.sigmoid(scale * torch.stack(row)) for row in cosines])
+
+
+def top_any_set(scores: list[float], thresholds: list[float], active: list[bool], *, training: bool) -> set[int]:
+    """Active experts whose score exceeds their threshold; in evaluation the best active one if there are none."""
+    chosen = {e for e, score in enumerate(scores) if active[e] and score > thresholds[e]}
+    if chosen or training:
+        return chosen
+    return {max((e for e in range(len(scores)) if active[e]), key=lambda e: scores[e])}
+
+
+def adapt(active: list[bool], routed_to: list[set[int]], x_TD: Tensor) -> tuple[list[bool], Tensor | None]:
+    """DynMoE's update after tokens ``x`` went to ``routed_to``: how many experts stay, and a new one's embedding."""
+    kept = [is_active and any(e in chosen for chosen in routed_to) for e, is_active in enumerate(active)]
+    lonely = [x_D for x_D, chosen in zip(x_TD, routed_to, strict=True) if not chosen]
+    if not lonely or all(kept):
+        return kept, None
+    total_D = torch.stack(lonely).sum(dim=0)
+    return kept, total_D / total_D.norm()
+
+
 def expert(x: Tensor, fc1_GD: Tensor, fc2_DF: Tensor) -> Tensor:
     """One SwiGLU expert: fc2 (silu(gate x) * up x)."""
     gate, up = (x @ fc1_GD.t()).chunk(2, dim=-1)

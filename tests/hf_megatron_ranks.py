@@ -12,6 +12,10 @@ import torch.distributed as dist
 
 from megatron_dynmoe import DynMoEConfig, host
 
+DYNMOE = {
+    **{"gate": "cosine", "rule": "top-any", "cosine_scale": 4.0, "adaptive_experts": True, "initial_experts": 3},
+    **{"residual": True},
+}
 VOCAB, PROMPT, NEW_TOKENS = 500, 16, 12
 SHARED_FLAGS = """
     --num-layers 4 --hidden-size 32 --ffn-hidden-size 40 --num-attention-heads 4 --kv-channels 12 --seq-length 128
@@ -37,6 +41,14 @@ CASES = {
         "--untie-embeddings-and-output-weights",
         None,
     ),
+    "dynmoe-ep2": (
+        "--expert-model-parallel-size 2 --moe-shared-expert-intermediate-size 20 --untie-embeddings-and-output-weights",
+        DynMoEConfig(**DYNMOE),
+    ),
+    "dynmoe-pp2": (
+        "--pipeline-model-parallel-size 2 --moe-layer-freq [0,1,1,0] --moe-shared-expert-intermediate-size 20",
+        DynMoEConfig(**DYNMOE, train_cosine_scale=True, max_experts_per_token=2),
+    ),
 }
 
 
@@ -61,6 +73,7 @@ def run_case(out: Path, name: str, flags: list[str], dynmoe: DynMoEConfig | None
     )
     model_parallel_cuda_manual_seed(1234)
     model = build_model(args, dynmoe)
+    set_experts(model)
     save(out / name, args, model)
     tokens = torch.randint(0, VOCAB, (2, 128), generator=torch.Generator().manual_seed(5))
     continued = tokens[:1, :PROMPT]
@@ -105,6 +118,22 @@ def build_model(args, dynmoe: DynMoEConfig | None):
     config = gpt_config_from_args(args)
     config.transformer_layer_spec, config.parallel_output = layer_spec, False
     return GPTModelBuilder(config).build_model(ProcessGroupCollection.use_mpu_process_groups()).eval()
+
+
+@torch.no_grad()
+def set_experts(model) -> None:
+    """Other slots active in each layer; thresholds that leave some tokens without an expert; a mixer that mixes."""
+    from megatron_dynmoe.mcore.adaptive_router import AdaptiveRouter
+
+    for layer in model.decoder.layers:
+        router = getattr(layer.mlp, "router", None)
+        if not isinstance(router, AdaptiveRouter):
+            continue
+        router.experts_mask.copy_(torch.arange(4) != layer.layer_number % 4)
+        router.thresholds.copy_(torch.tensor([-0.2, 0.0, 0.1, 0.2]))
+        layer.mlp.mixer.bias.copy_(torch.tensor([0.5, -0.5]))
+        if hasattr(router, "logit_scale"):
+            router.logit_scale += 0.1 * layer.layer_number
 
 
 def save(folder: Path, args, model) -> None:

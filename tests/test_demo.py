@@ -83,7 +83,7 @@ def test_termination_ends_the_command_and_says_how_to_go_on(tmp_path) -> None:
     child = f"import os, time; open({str(mark)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
     driver = (
         "import sys; from megatron_dynmoe.demo import __main__ as p; from megatron_dynmoe.demo.steps import Step; "
-        f"p.look_at_machine = lambda ranks: p.Machine(1, 0, 1); "
+        f"p.look_at_machine = lambda ranks, preset: p.Machine(1, 0, 1); "
         f"p.data_steps = lambda folder: [Step('wait', 'waits', [sys.executable, '-c', {child!r}])]; "
         f"sys.exit(p.main(['--output', {str(tmp_path / 'demo')!r}]))"
     )

@@ -6,6 +6,7 @@
 import os
 import shlex
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,31 @@ from tests import ranks
 from tests.layouts import read_metrics
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+MODELS = sorted(file.stem for file in (EXAMPLES / "models").glob("*.args"))
+
+# What the papers say of each model's routing: fields of DynMoEConfig.
+ROUTING = {
+    "dynamic_moe_24l": {
+        "gate": "softmax",
+        "rule": "top-p",
+        "top_p": 0.4,
+        "load_balance_coeff": 1e-2,
+        "entropy_coeff": 1e-4,
+        "adaptive_experts": False,
+    },
+    "dynmoe_24l": {
+        "gate": "cosine",
+        "rule": "top-any",
+        "diversity_coeff": 1e-2,
+        "simplicity_coeff": 1e-2,
+        "load_balance_coeff": 0,
+        "adaptive_experts": True,
+        "initial_experts": 8,
+        "record_from": 300,
+        "update_at": 600,
+        "update_period": 900,
+    },
+}
 
 # Writes its arguments, one a line, and the checkpoint that the test wants a training to leave.
 TORCHRUN = """#!/bin/bash
@@ -51,7 +77,7 @@ def run(script: str, stub: Path, *flags: str, **environment: str) -> subprocess.
     return subprocess.run(command, env=os.environ | given, capture_output=True, text=True, timeout=30)
 
 
-def paper_environment(stub: Path) -> dict[str, str]:
+def settings(stub: Path) -> dict[str, str]:
     return {
         "DATA": f"0.7 {stub}/text 0.3 {stub}/text",
         "TOKENIZER": str(stub / "tokenizer.model"),
@@ -71,12 +97,14 @@ def contains(words: list[str], part: list[str]) -> bool:
     return any(words[i : i + len(part)] == part for i in range(len(words)))
 
 
-def parse_for_eight_gpus(argv: list[str]) -> None:
-    """In a rank: Megatron's parser and its checks accept the command line on 8 ranks."""
+def parse_for_eight_gpus(argv: list[str], routing: dict) -> None:
+    """In a rank: Megatron's parser and its checks, and the dynamic layer's, accept the command line on 8 ranks."""
     import sys
 
+    from megatron.training.argument_utils import gpt_config_from_args
     from megatron.training.arguments import parse_args, validate_args
 
+    from megatron_dynmoe.mcore.config import check_config
     from megatron_dynmoe.training.arguments import add_dynmoe_args, dynmoe_from_args, prepare_argv
 
     os.environ["WORLD_SIZE"] = "8"
@@ -84,40 +112,77 @@ def parse_for_eight_gpus(argv: list[str]) -> None:
     args = parse_args(add_dynmoe_args)
     dynmoe = dynmoe_from_args(args)
     validate_args(args)
-    assert (dynmoe.rule, dynmoe.top_p, dynmoe.load_balance_coeff, dynmoe.entropy_coeff) == ("top-p", 0.4, 1e-2, 1e-4)
+    if args.transformer_impl == "local":  # Megatron makes the other's configuration only where Transformer Engine is
+        args.padded_vocab_size = 32000  # training takes it from the tokenizer, which is an empty file here
+        check_config(gpt_config_from_args(args).transformer, dynmoe)
+    assert {name: getattr(dynmoe, name) for name in routing} == routing
     assert (args.data_parallel_size, args.expert_model_parallel_size, args.num_experts) == (8, 8, 16)
     assert args.bf16 and args.use_distributed_optimizer and args.dist_ckpt_optim_fully_reshardable
     step = args.global_batch_size * args.seq_length
-    assert 0 <= args.train_iters * step - 100e9 < step  # the paper's 100B tokens, in whole steps
+    assert 0 <= args.train_iters * step - 100e9 < step  # 100B tokens, in whole steps
 
 
-def test_paper_model_is_the_shared_file(stub):
-    done = run("dynamic_moe_24l.sh", stub, "--micro-batch-size", "4", **paper_environment(stub))
+def model_flags(model: str) -> list[str]:
+    return shlex.split((EXAMPLES / "models" / f"{model}.args").read_text(encoding="utf-8"), comments=True)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_torchrun_gets_the_models_flags(stub, model):
+    done = run("pretrain.sh", stub, model, "--micro-batch-size", "4", **settings(stub))
     assert done.returncode == 0, done.stderr
     own, flags = torchrun_args(stub)
-    model = shlex.split((EXAMPLES / "models" / "dynamic_moe_24l.args").read_text(), comments=True)
-    assert flags[: len(model)] == model
+    expected = model_flags(model)
+    assert flags[: len(expected)] == expected
     assert own == ["--standalone", "--nproc-per-node", "8"]
     assert flags[-2:] == ["--micro-batch-size", "4"]  # the user's own stand last, and win
+    assert model not in flags
     assert contains(flags, ["--data-path", "0.7", f"{stub}/text", "0.3", f"{stub}/text"])
     assert contains(flags, ["--tokenizer-type", "SentencePieceTokenizer"])
     for flag in ("--moe-grouped-gemm", "--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable"):
         assert flag in flags
 
 
+def test_the_two_models_differ_in_routing_only():
+    routing = ("moe-preset", "moe-initial-experts", "moe-max-rows-per-token")
+    architectures = []
+    for model in ("dynamic_moe_24l", "dynmoe_24l"):
+        flags = " ".join(model_flags(model)).split(" --")
+        architectures.append({one for one in flags if not one.startswith(routing)})
+    assert architectures[0] == architectures[1]
+
+
 @pytest.mark.parametrize("impl", ["local", "transformer_engine"])
-def test_megatron_accepts_the_paper_flags(stub, impl):
-    done = run("dynamic_moe_24l.sh", stub, TRANSFORMER_IMPL=impl, **paper_environment(stub))
+@pytest.mark.parametrize("model", MODELS)
+def test_megatron_accepts_the_models_flags(stub, model, impl):
+    done = run("pretrain.sh", stub, model, TRANSFORMER_IMPL=impl, **settings(stub))
     assert done.returncode == 0, done.stderr
-    ranks.call(parse_for_eight_gpus, torchrun_args(stub)[1], ranks=1, folder=stub / "parse")
+    ranks.call(parse_for_eight_gpus, torchrun_args(stub)[1], ROUTING[model], ranks=1, folder=stub / "parse")
+
+
+@pytest.mark.parametrize("script", ["pretrain.sh", "slurm.sh"])
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ([], "MODEL is missing"),
+        (["--micro-batch-size", "4"], "MODEL is --micro-batch-size"),
+        (["dynmoe"], "MODEL is dynmoe;"),
+        (["dynmoe_24l.args"], "MODEL is dynmoe_24l.args;"),
+    ],
+)
+def test_no_such_model_is_one_sentence(stub, script, flags, says):
+    done = slurm(stub, flags=flags) if script == "slurm.sh" else run(script, stub, *flags, **settings(stub))
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"pretrain.sh: {says}") and done.stderr.count("\n") == 1
+    assert done.stderr.endswith(f": {', '.join(MODELS)}.\n")
+    assert not (stub / "torchrun.args").exists() and not requeued(stub)
 
 
 @pytest.mark.parametrize("name", ["DATA", "TOKENIZER", "SAVE"])
 def test_missing_setting_is_one_sentence(stub, name):
-    environment = paper_environment(stub) | {name: ""}
-    done = run("dynamic_moe_24l.sh", stub, **environment)
+    environment = settings(stub) | {name: ""}
+    done = run("pretrain.sh", stub, "dynamic_moe_24l", **environment)
     assert done.returncode == 2
-    assert done.stderr.startswith(f"dynamic_moe_24l.sh: {name} is not set") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"pretrain.sh: {name} is not set") and done.stderr.count("\n") == 1
     assert not (stub / "torchrun.args").exists()
 
 
@@ -130,12 +195,12 @@ def test_missing_setting_is_one_sentence(stub, name):
     ],
 )
 def test_wrong_setting_is_one_sentence(stub, name, value, says):
-    done = run("dynamic_moe_24l.sh", stub, **(paper_environment(stub) | {name: value}))
+    done = run("pretrain.sh", stub, "dynamic_moe_24l", **(settings(stub) | {name: value}))
     assert done.returncode == 2
     assert says in done.stderr and done.stderr.count("\n") == 1
 
 
-def slurm(stub: Path, **extra: str) -> subprocess.CompletedProcess:
+def slurm(stub: Path, flags: Sequence[str] = ("dynmoe_24l",), **extra: str) -> subprocess.CompletedProcess:
     environment = {
         "SLURM_JOB_ID": "123456",
         "SLURM_JOB_NUM_NODES": "2",
@@ -143,7 +208,7 @@ def slurm(stub: Path, **extra: str) -> subprocess.CompletedProcess:
         "SLURM_SUBMIT_DIR": str(EXAMPLES.parent),
         "TRAIN_ITERS": "100",
     }
-    return run("slurm_dynamic_moe_24l.sh", stub, **(paper_environment(stub) | environment | extra))
+    return run("slurm.sh", stub, *flags, **(settings(stub) | environment | extra))
 
 
 def requeued(stub: Path) -> bool:
@@ -157,7 +222,7 @@ def test_slurm_nodes_meet_at_the_first(stub):
     own, flags = torchrun_args(stub)
     assert contains(own, ["--nnodes", "2"]) and contains(own, ["--rdzv-backend", "c10d"])
     assert contains(own, ["--rdzv-endpoint", "node7:23456"]) and contains(own, ["--rdzv-id", "123456-0"])
-    assert contains(flags, ["--train-iters", "100"])
+    assert contains(flags, ["--moe-preset", "dynmoe"]) and contains(flags, ["--train-iters", "100"])
     assert "finished: 100 of 100" in done.stdout and not requeued(stub)
 
 

@@ -1,4 +1,4 @@
-"""The exported model computes what megatron computes: checkpoints saved by two ranks in three layouts."""
+"""The exported model computes what megatron computes: checkpoints saved by two ranks in several layouts."""
 
 import os
 import subprocess
@@ -26,7 +26,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("case", ["ep2", "tp2", "pp2-stock"])
+@pytest.mark.parametrize("case", ["ep2", "tp2", "pp2-stock", "dynmoe-ep2", "dynmoe-pp2"])
 def test_logits_and_greedy_generation_equal_megatrons(saved: Path, tmp_path: Path, case: str) -> None:
     export(saved / case, tmp_path / "out", progress=False)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
@@ -45,3 +45,26 @@ def test_logits_and_greedy_generation_equal_megatrons(saved: Path, tmp_path: Pat
     run = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": new, "do_sample": False}
     for use_cache in (True, False):
         assert torch.equal(model.generate(prompt, use_cache=use_cache, **run), want["continued"])
+
+
+@pytest.mark.parametrize("case", ["dynmoe-ep2", "dynmoe-pp2"])
+def test_inactive_slots_are_left_out(saved: Path, tmp_path: Path, case: str) -> None:
+    """Slot n % 4 of layer n (from 1) is inactive; some tokens pass no threshold and fall back to their best expert."""
+    export(saved / case, tmp_path / "out", progress=False)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
+    sparse = [0, 1, 1, 0] if case == "dynmoe-pp2" else [1, 1, 1, 1]
+    slots = [[slot for slot in range(4) if slot != n % 4] if moe else [] for n, moe in enumerate(sparse, start=1)]
+    assert model.config.expert_slots == slots
+    assert model.config.experts_by_layer == [len(kept) for kept in slots]
+    fell_back = 0
+    outputs = model(torch.load(saved / f"{case}.pt")["tokens"], output_routing_map=True, output_router_logits=True)
+    layers = [layer for layer, moe in zip(model.model.layers, sparse, strict=True) if moe]
+    for layer, map_TE, logits_TE in zip(layers, outputs.routing_map, outputs.router_logits, strict=True):
+        router = layer.mlp.router
+        assert len(layer.mlp.experts) == map_TE.shape[1] == 3
+        assert map_TE.any(dim=1).all()
+        scale = router.logit_scale.exp() if case == "dynmoe-pp2" else model.config.cosine_scale
+        passed_TE = logits_TE.sigmoid() > (scale * router.thresholds).sigmoid()
+        fell_back += int((~passed_TE.any(dim=1)).sum())
+        assert int(map_TE.sum(dim=1).max()) == (2 if case == "dynmoe-pp2" else 3)
+    assert fell_back > 0

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_dynmoe.hf.configuration_dynmoe import DynMoEHFConfig
 from megatron_dynmoe.hf.modeling_dynmoe import DynMoEForCausalLM, DynMoESparseMLP, select_experts
+from megatron_dynmoe.hf.router_dynmoe import select_any
 
 SMALL = {
     **{"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4},
@@ -84,6 +85,23 @@ def test_rule_against_a_loop(name: str, p: float, normalize: bool, cap: int | No
 def test_rule_by_hand(probs: list[float], p: float, kept: list[int]) -> None:
     _, map_TE = select_experts(torch.tensor([probs]), rule(top_p_threshold=p))
     assert map_TE[0].nonzero().flatten().tolist() == kept
+
+
+@pytest.mark.parametrize("cap", [None, 1, 2])
+def test_top_any_against_a_loop(cap: int | None) -> None:
+    scores_TE = torch.rand(60, 5, generator=torch.Generator().manual_seed(4))
+    thresholds_E = torch.tensor([0.3, 0.9, 0.6, 1.1, 0.7])
+    weights_TE, map_TE = select_any(scores_TE, thresholds_E, rule(max_experts_per_token=cap))
+    fell_back = 0
+    for scores, weights, chosen in zip(scores_TE.tolist(), weights_TE, map_TE.tolist(), strict=True):
+        wanted = [e for e in range(5) if scores[e] > thresholds_E[e]]
+        fell_back += not wanted
+        wanted = wanted or [max(range(5), key=lambda e: scores[e])]
+        wanted = sorted(wanted, key=lambda e: -scores[e])[:cap]
+        assert sorted(wanted) == [e for e in range(5) if chosen[e]]
+        want = torch.tensor([1 / len(wanted) if e in wanted else 0.0 for e in range(5)])
+        assert torch.equal(weights, want)
+    assert fell_back > 0
 
 
 def test_p_of_one_keeps_all_experts_whatever_rounding_does() -> None:

@@ -22,7 +22,7 @@ def refused(save: Path, out: Path, sentence: str, **kwargs) -> None:
 
 def test_what_the_model_cannot_express_is_refused(tmp_path: Path) -> None:
     for number, (name, value) in enumerate(
-        [("add_bias_linear", True), ("rotary_percent", 0.5), ("moe_gate", "cosine")]
+        [("add_bias_linear", True), ("rotary_percent", 0.5), ("moe_gate", "sinkhorn")]
     ):
         save, _ = make(tmp_path / f"save{number}", **{name: value})
         refused(save, tmp_path / "out", f"{name} = {value!r}")

@@ -19,7 +19,7 @@ LEVELS = [
     {"routing"},
     {"routers", "dispatch", "experts", "losses", "metrics", "controllers", "planning"},
     {"mcore"},
-    {"training", "hf", "data"},
+    {"training", "hf", "data", "report"},
 ]
 LEVEL = {room: number for number, rooms in enumerate(LEVELS) for room in rooms}
 # Outside the order: the redirection for machines without CUDA, the diagnosis, the driver of the demo, the test oracle.

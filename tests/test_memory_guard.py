@@ -42,13 +42,8 @@ def best(routing):
 def test_evaluation_is_not_bounded():
     x, weight = torch.randn(50, 8), torch.randn(6, 8)
     bounded, free = DynMoEConfig(top_p=0.9, max_rows=50), DynMoEConfig(top_p=0.9)
-    assert torch.equal(route(x, weight, bounded, guard=False).map_TE, route(x, weight, free).map_TE)
+    assert torch.equal(route(x, weight, bounded, training=False).map_TE, route(x, weight, free).map_TE)
     assert int(route(x, weight, bounded).map_TE.sum()) == 50
-
-
-def test_tokens_without_experts_stay_without():
-    routing_map = torch.tensor([[False, False], [True, True]])
-    assert cap_rows(routing_map, torch.tensor([[0.6, 0.4], [0.6, 0.4]]), 2).tolist() == [[False, False], [True, False]]
 
 
 def test_gradients_are_those_of_the_cut_map():
@@ -70,3 +65,12 @@ def test_a_nan_row_neither_crowds_out_others_nor_disappears():
     assert routing.map_TE[3].sum() == 1
     assert routing.weights_TE[3].isnan().any()
     assert routing.map_TE.any(dim=1).all()
+
+
+def test_tokens_without_an_expert_leave_their_room():
+    """Three tokens, one of them with no expert: a bound of three rows leaves two best ones and one more."""
+    map_TE = torch.tensor([[True, True, True], [False, False, False], [True, False, True]])
+    scores = torch.tensor([[0.9, 0.5, 0.6], [0.9, 0.9, 0.9], [0.3, 0.9, 0.4]])
+    capped = cap_rows(map_TE, scores, 3)
+    assert capped.tolist() == [[True, False, True], [False, False, False], [False, False, True]]
+    assert torch.equal(cap_rows(map_TE, scores, 5), map_TE)

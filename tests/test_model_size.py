@@ -13,8 +13,8 @@ import pytest
 from tests import ranks
 
 ARGS_FILE = Path(__file__).resolve().parent.parent / "examples" / "models" / "dynamic_moe_24l.args"
-# What Megatron's parser wants beside the model; none of it changes a shape. LLaMA-2's vocabulary: 32000 with the
-# end-of-document token, which NullTokenizer adds to --vocab-size.
+# What Megatron's parser wants beside the model; none of it changes a shape. The vocabulary is padded from 31999 to
+# LLaMA-2's 32000.
 REST = "--micro-batch-size 1 --train-iters 1 --lr 1e-3 --mock-data --tokenizer-type NullTokenizer --vocab-size 31999"
 
 # The dense model of the same width: no experts, so no router either.
@@ -31,6 +31,8 @@ VARIANTS = {
     "padded vocabulary": (set(), "--vocab-size 32100"),
     "tied": ({"--untie-embeddings-and-output-weights"}, ""),
     "not gated": ({"--swiglu"}, ""),
+    "top-any": (set(), "--moe-preset dynmoe --moe-gate cosine --moe-train-cosine-scale"),
+    "residual": (set(), "--moe-shared-expert-intermediate-size 704 --moe-residual"),
     "several at once": (
         set(),
         "--moe-layer-freq 2 --moe-shared-expert-intermediate-size 704 --group-query-attention --num-query-groups 4",

@@ -18,6 +18,7 @@ from megatron_dynmoe.demo.runner import Runner
 from megatron_dynmoe.demo.steps import (
     PROGRAMS,
     ROOT,
+    ROUTING,
     DemoError,
     Machine,
     data_steps,
@@ -37,11 +38,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("demo"), help="folder for everything (default: demo)")
     parser.add_argument("--continue", dest="go_on", action="store_true", help="do not repeat what was finished before")
     parser.add_argument("--ranks", type=int, help="processes to train with (default: 2, or a GPU each up to 2)")
+    parser.add_argument("--preset", choices=list(ROUTING), default=next(iter(ROUTING)), help="published system")
     options = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, _interrupt)
     again = f"`python -m megatron_dynmoe.demo --continue --output {options.output}` goes on from here"
     try:
-        demo(options.output.absolute(), go_on=options.go_on, ranks=options.ranks)
+        demo(options.output.absolute(), go_on=options.go_on, ranks=options.ranks, preset=options.preset)
     except DemoError as error:
         print(f"\ndemo: {error}", file=sys.stderr)
         return 1
@@ -51,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def demo(folder: Path, *, go_on: bool = False, ranks: int | None = None) -> dict[str, Any]:
+def demo(folder: Path, *, go_on: bool = False, ranks: int | None = None, preset: str = "dynamic-moe") -> dict[str, Any]:
     """Run every step in ``folder``, print the table, write and return the summary.
 
     Raises:
@@ -59,12 +61,12 @@ def demo(folder: Path, *, go_on: bool = False, ranks: int | None = None) -> dict
     """
     if not all((ROOT / name).is_dir() for name in PROGRAMS):
         raise DemoError(f"{ROOT} has no {' and '.join(PROGRAMS)}; run the demo from a checkout (pip install -e .).")
-    start, machine = time.monotonic(), look_at_machine(ranks)
+    start, machine = time.monotonic(), look_at_machine(ranks, preset)
     prepare(folder, go_on=go_on)
     runner = Runner(folder, environment(machine))
     for step in data_steps(folder):
         runner.run(step)
-    for step in training_steps(folder, machine) + model_steps(folder):
+    for step in training_steps(folder, machine, preset) + model_steps(folder):
         log = runner.run(step)
     summary = summarize(folder, sample_of(log.read_text(encoding="utf-8")))
     path = folder / "summary.json"

@@ -41,9 +41,22 @@ MODEL: dict[str, Any] = {
     "untie-embeddings-and-output-weights": True,
     "attention-dropout": 0,
     "hidden-dropout": 0,
-    "num-experts": 8,
     "moe-ffn-hidden-size": 256,
-    "moe-preset": "dynamic-moe",
+}
+
+# What --preset chooses from; the first is the default.
+ROUTING: dict[str, dict[str, Any]] = {
+    "dynamic-moe": {"num-experts": 8, "moe-preset": "dynamic-moe"},
+    # Slots to grow into, and windows as short as the training.
+    "dynmoe": {
+        "num-experts": 16,
+        "moe-preset": "dynmoe",
+        "moe-initial-experts": 4,
+        "moe-record-from": 5,
+        "moe-update-at": 15,
+        "moe-update-period": 15,
+        "moe-max-rows-per-token": 4,
+    },
 }
 
 TRAINING: dict[str, Any] = {
@@ -101,7 +114,7 @@ class Step:
     discards: tuple[Path, ...] = ()
 
 
-def look_at_machine(ranks: int | None = None) -> Machine:
+def look_at_machine(ranks: int | None = None, preset: str = "dynamic-moe") -> Machine:
     """Two ranks without GPUs; with GPUs one for each, at most two. ``ranks`` overrides.
 
     Raises:
@@ -111,11 +124,10 @@ def look_at_machine(ranks: int | None = None) -> Machine:
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     chosen = ranks if ranks is not None else min(2, gpus or 2)
-    if chosen < 1 or MODEL["num-experts"] % chosen or (gpus and chosen > gpus):
+    experts = ROUTING[preset]["num-experts"]
+    if chosen < 1 or experts % chosen or (gpus and chosen > gpus):
         most = f" and is at most {gpus}, the number of GPUs" if gpus else ""
-        raise DemoError(
-            f"--ranks is {chosen}; accepted: a number that divides the {MODEL['num-experts']} experts{most}."
-        )
+        raise DemoError(f"--ranks is {chosen}; accepted: a number that divides the {experts} experts{most}.")
     return Machine(ranks=chosen, gpus=gpus, cores=len(os.sched_getaffinity(0)))
 
 
@@ -137,13 +149,13 @@ def data_steps(folder: Path) -> list[Step]:
     ]
 
 
-def training_steps(folder: Path, machine: Machine) -> list[Step]:
+def training_steps(folder: Path, machine: Machine, preset: str = "dynamic-moe") -> list[Step]:
     """The loss before training, and both halves of pretraining.
 
     Reads the token counts of the files that ``data_steps`` wrote.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={machine.ranks}"]
-    command += [shown(ROOT / "examples" / "pretrain_dynmoe.py"), *flags(MODEL), *flags(TRAINING)]
+    command += [shown(ROOT / "examples" / "pretrain_dynmoe.py"), *flags(MODEL | ROUTING[preset]), *flags(TRAINING)]
     command += ["--expert-model-parallel-size", str(machine.ranks)]
     command += ["--train-data-path", *blend(folder, "train"), "--valid-data-path", *blend(folder, "heldout")]
     command += ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", shown(folder / "tokenizer.model")]

@@ -1,14 +1,15 @@
 """Configuration of the Hugging Face DynMoE model.
 
-This file and `modeling_dynmoe.py` are copied beside exported weights and loaded from there with `trust_remote_code`, so
-they import nothing but torch and transformers (5.x).
+This file, `router_dynmoe.py` and `modeling_dynmoe.py` are copied beside exported weights and loaded from there with
+`trust_remote_code`, so they import nothing but torch and transformers (5.x).
 """
 
 # ruff: noqa: RUF012  (transformers reads these class attributes as they are)
 
 from transformers.models.llama.configuration_llama import LlamaConfig
 
-ROUTER_RULES = ("top-p", "top-k")
+ROUTER_RULES = ("top-p", "top-k", "top-any")
+ROUTER_GATES = ("softmax", "cosine")
 
 
 class DynMoEHFConfig(LlamaConfig):
@@ -20,11 +21,17 @@ class DynMoEHFConfig(LlamaConfig):
     - `moe_layers`: one 0 or 1 per layer, 1 where the feed-forward network is a mixture (None: every layer).
     - `num_experts`, `moe_intermediate_size`: experts per mixture and their width.
     - `router_rule`: "top-p" keeps the most probable experts while the probability *before* an expert is at most
-      `top_p_threshold` (in [0, 1]; 0 keeps one expert, 1 keeps all); "top-k" keeps `num_experts_per_tok`.
+      `top_p_threshold` (in [0, 1]; 0 keeps one expert, 1 keeps all); "top-k" keeps `num_experts_per_tok`; "top-any"
+      keeps all whose score exceeds their own learned threshold, or the best one, each with weight 1/k.
+    - `router_gate`: "softmax" of linear logits, or "cosine": the sigmoid of `cosine_scale` times the cosine with each
+      expert's embedding, where `trained_cosine_scale` says that the scale is a weight of each router.
+    - `experts_by_layer`: experts of each layer where they differ (None: `num_experts` everywhere), and `expert_slots`:
+      for each of them the slot it had in training, where the number of experts adapted.
     - `max_experts_per_token`: keeps at most that many of the chosen, the most probable ones (None: no cap).
     - `normalize_router_weights`: whether the weights of the kept experts are divided by their sum.
     - `shared_expert_intermediate_size`: width of an expert that every token passes (0: none), and `shared_expert_gate`:
-      whether its output is scaled by a learned sigmoid per token.
+      whether its output is scaled by a learned sigmoid per token; `residual_mixture`: whether it is mixed with the
+      routed experts by a learned softmax over the two instead of being added.
 
     Raises ValueError, naming the field, for a value that no model can have.
     """
@@ -40,6 +47,11 @@ class DynMoEHFConfig(LlamaConfig):
     moe_layers: list[int] | None = None
     num_experts: int = 16
     moe_intermediate_size: int | None = None
+    experts_by_layer: list[int] | None = None
+    expert_slots: list[list[int]] | None = None
+    router_gate: str = "softmax"
+    cosine_scale: float = 1.0
+    trained_cosine_scale: bool = False
     router_rule: str = "top-p"
     top_p_threshold: float = 0.4
     num_experts_per_tok: int = 2
@@ -47,6 +59,7 @@ class DynMoEHFConfig(LlamaConfig):
     normalize_router_weights: bool = False
     shared_expert_intermediate_size: int = 0
     shared_expert_gate: bool = False
+    residual_mixture: bool = False
 
     def __post_init__(self, **kwargs):
         if self.moe_layers is None:
@@ -72,7 +85,20 @@ class DynMoEHFConfig(LlamaConfig):
                 f"a list of {self.num_hidden_layers} zeros and ones",
             ),
             ("num_experts", self.num_experts >= 1, "at least 1"),
+            ("router_gate", self.router_gate in ROUTER_GATES, f"one of {', '.join(ROUTER_GATES)}"),
             ("router_rule", self.router_rule in ROUTER_RULES, f"one of {', '.join(ROUTER_RULES)}"),
+            ("router_rule", self.router_rule != "top-any" or self.router_gate == "cosine", "another with this gate"),
+            (
+                "experts_by_layer",
+                self.experts_by_layer is None
+                or [n > 0 for n in self.experts_by_layer] == [bool(is_moe) for is_moe in layers],
+                "None or a number for each layer, 0 for the dense ones",
+            ),
+            (
+                "residual_mixture",
+                not self.residual_mixture or self.shared_expert_intermediate_size > 0,
+                "False without a shared expert",
+            ),
             ("top_p_threshold", 0.0 <= self.top_p_threshold <= 1.0, "in [0, 1]"),
             ("num_experts_per_tok", self.num_experts_per_tok >= 1, "at least 1"),
             (

@@ -20,11 +20,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .checkpoint import DistCheckpoint, ExportError
-from .mapping import Piece, config_fields, plan, stored_dtype
+from .mapping import Piece, plan, stored_dtype
+from .saved_args import config_fields
+from .slots import slot_fields
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _HERE = Path(__file__).parent
-_CODE = ("configuration_dynmoe.py", "modeling_dynmoe.py")
+_CODE = ("configuration_dynmoe.py", "router_dynmoe.py", "modeling_dynmoe.py")
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ def export(
         tokenizer = None
         if tokenizer_model is not None and write_tokenizer is not None:
             tokenizer = _tokenizer(write_tokenizer, Path(tokenizer_model), folder)
+        fields |= slot_fields(checkpoint, fields)
         fields["vocab_size"] = _vocab_size(checkpoint, vocab_size, tokenizer)
         pieces = plan(checkpoint, fields, fields["vocab_size"])
         wanted = DTYPES[dtype] if dtype else stored_dtype(checkpoint, pieces)
@@ -161,7 +164,7 @@ def _tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     for piece in tqdm(pieces, desc="export", unit="tensor", disable=not progress):
         for name, tensor in piece.convert(checkpoint.read(piece.key, piece.index)).items():
-            router = name.endswith(".router.weight")
+            router = ".router." in name
             # A copy, so that the parts of a split tensor share no memory: safetensors refuses that.
             yield name, tensor.to(torch.float32 if router else dtype, copy=True).contiguous()
 

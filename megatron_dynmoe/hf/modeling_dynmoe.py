@@ -1,14 +1,13 @@
 """Hugging Face model of a LLaMA decoder with a variable number of experts per token.
 
-Attention, rotary embedding, norms, masks and caches are those of transformers' own LLaMA; this file adds the router and
-the experts. Shape letters: `T` tokens of the batch, `D` hidden size, `E` experts, `N` routed (token, expert) pairs.
-
-The decision which experts a token gets is made in float32 whatever the model's dtype: in bfloat16 the probabilities
-near a threshold round to the other side, and a token gets another set of experts than it was trained with.
+Attention, rotary embedding, norms, masks and caches are those of transformers' own LLaMA; this file adds the experts,
+`router_dynmoe.py` the router. Shape letters: `T` tokens of the batch, `D` hidden size, `E` experts, `N` routed (token,
+expert) pairs.
 """
 
 # ruff: noqa: RUF012  (transformers reads these class attributes as they are)
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -28,52 +27,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder
 
 from .configuration_dynmoe import DynMoEHFConfig
-
-
-def select_experts(probs_TE, config):
-    """Chooses experts per token from router probabilities.
-
-    Args:
-        probs_TE: float32 softmax probabilities.
-        config: `router_rule` with `top_p_threshold` or `num_experts_per_tok`, `max_experts_per_token`,
-            `normalize_router_weights`.
-
-    Returns:
-        (weights_TE float32, map_TE bool). Weights are the kept probabilities and zero elsewhere. Every row of the map
-        holds at least one expert; equally probable experts are kept in the order of their index.
-    """
-    sorted_TE, order_TE = probs_TE.sort(dim=-1, descending=True, stable=True)
-    rank_E = torch.arange(probs_TE.shape[-1], device=probs_TE.device)
-    if config.router_rule == "top-k":
-        keep_TE = (rank_E < config.num_experts_per_tok).expand_as(sorted_TE)
-    else:
-        # The sum *before* each rank, shifted and not subtracted: subtraction would round at the threshold.
-        before_TE = F.pad(sorted_TE.cumsum(dim=-1)[..., :-1], (1, 0))
-        # A float32 sum can exceed one by its rounding, and p = 1 keeps all experts.
-        keep_TE = before_TE.clamp(max=1.0) <= config.top_p_threshold
-    if config.max_experts_per_token is not None:
-        keep_TE = keep_TE & (rank_E < config.max_experts_per_token)
-    map_TE = torch.zeros_like(keep_TE).scatter(-1, order_TE, keep_TE)
-    weights_TE = probs_TE * map_TE
-    if config.normalize_router_weights:
-        weights_TE = weights_TE / weights_TE.sum(dim=-1, keepdim=True)
-    return weights_TE, map_TE
-
-
-class DynMoERouter(nn.Module):
-    """Linear softmax gate and selection rule, in float32: hidden [T, D] -> logits, weights and map, each [T, E]."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
-
-    def forward(self, x_TD):
-        # Autocast would compute the product in its own dtype.
-        with torch.autocast(device_type=x_TD.device.type, enabled=False):
-            logits_TE = F.linear(x_TD.float(), self.weight.float())
-            weights_TE, map_TE = select_experts(logits_TE.softmax(dim=-1), self.config)
-        return logits_TE, weights_TE, map_TE
+from .router_dynmoe import DynMoERouter, select_experts  # noqa: F401  (the rule is part of this module's interface)
 
 
 class DynMoEMLP(nn.Module):
@@ -92,17 +46,21 @@ class DynMoEMLP(nn.Module):
 class DynMoESparseMLP(nn.Module):
     """Mixture of experts: sum over the chosen experts of weight times expert output, plus the shared expert.
 
-    Hidden states of any leading shape [..., D] come out in the same shape and dtype; the sum is accumulated in float32.
+    With `residual_mixture` the two parts are not added but mixed, by a softmax over two numbers that are linear in the
+    token. Hidden states of any leading shape [..., D] come out in the same shape and dtype; the sum is accumulated in
+    float32.
     """
 
-    def __init__(self, config):
+    def __init__(self, config, experts=None):
         super().__init__()
-        self.router = DynMoERouter(config)
-        self.experts = nn.ModuleList(DynMoEMLP(config, config.moe_intermediate_size) for _ in range(config.num_experts))
+        experts = config.num_experts if experts is None else experts
+        self.router = DynMoERouter(config, experts)
+        self.experts = nn.ModuleList(DynMoEMLP(config, config.moe_intermediate_size) for _ in range(experts))
         width = config.shared_expert_intermediate_size
         gated = width and config.shared_expert_gate
         self.shared_expert = DynMoEMLP(config, width) if width else None
         self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False) if gated else None
+        self.mixer = nn.Linear(config.hidden_size, 2) if config.residual_mixture else None
 
     def forward(self, hidden_states):
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
@@ -112,8 +70,15 @@ class DynMoESparseMLP(nn.Module):
             shared_TD = self.shared_expert(x_TD)
             if self.shared_expert_gate is not None:
                 shared_TD = shared_TD * self.shared_expert_gate(x_TD).sigmoid()
-            out_TD = out_TD + shared_TD
+            out_TD = out_TD + shared_TD if self.mixer is None else self.mix(x_TD, out_TD, shared_TD)
         return out_TD.view_as(hidden_states)
+
+    def mix(self, x_TD, routed_TD, shared_TD):
+        """The convex combination of the two parts; its coefficients are float32."""
+        mixer = self.mixer
+        logits_T2 = F.linear(x_TD.float(), mixer.weight.float(), mixer.bias.float())  # type: ignore[union-attr]
+        c_T2 = logits_T2.softmax(dim=-1).to(x_TD.dtype)
+        return c_T2[:, :1] * routed_TD + c_T2[:, 1:] * shared_TD
 
     def routed(self, x_TD, weights_TE, map_TE):
         """The routed experts' weighted sum [T, D] in float32; each expert runs once, on exactly its tokens."""
@@ -136,7 +101,11 @@ class DynMoEDecoderLayer(LlamaDecoderLayer):
         self.hidden_size = config.hidden_size
         self.self_attn = LlamaAttention(config=config, layer_idx=layer_idx)
         sparse = config.moe_layers[layer_idx]
-        self.mlp = DynMoESparseMLP(config) if sparse else DynMoEMLP(config, config.intermediate_size)
+        if sparse:
+            experts = config.experts_by_layer[layer_idx] if config.experts_by_layer else config.num_experts
+            self.mlp = DynMoESparseMLP(config, experts)
+        else:
+            self.mlp = DynMoEMLP(config, config.intermediate_size)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
@@ -159,8 +128,15 @@ class DynMoEPreTrainedModel(LlamaPreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        if isinstance(module, DynMoERouter) and not getattr(module.weight, "_is_hf_initialized", False):
+        if not isinstance(module, DynMoERouter):
+            return
+        fresh = {name: p for name, p in module.named_parameters() if not getattr(p, "_is_hf_initialized", False)}
+        if "weight" in fresh:
             nn.init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+        if "thresholds" in fresh:
+            nn.init.zeros_(module.thresholds)
+        if "logit_scale" in fresh:
+            nn.init.constant_(module.logit_scale, math.log(self.config.cosine_scale))
 
 
 class DynMoEModel(DynMoEPreTrainedModel, LlamaModel):

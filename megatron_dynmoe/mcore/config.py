@@ -44,6 +44,9 @@ def check_config(config: TransformerConfig, dynmoe: DynMoEConfig) -> None:
         )
     if dynmoe.rule == "top-k" and dynmoe.topk > experts:
         _refuse("moe_router_topk", dynmoe.topk, f"there are {experts} experts", f"use 1 to {experts}")
+    if dynmoe.initial_experts is not None and dynmoe.initial_experts > experts:
+        _refuse("moe_initial_experts", dynmoe.initial_experts, f"there are {experts} slots", f"use 1 to {experts}")
+    _check_residual(config, dynmoe)
     _check_shared_fields(config, dynmoe)
     for name, (accepted, reason) in _CHOOSES_EXPERTS.items():
         value = getattr(config, name)
@@ -55,6 +58,17 @@ def check_config(config: TransformerConfig, dynmoe: DynMoEConfig) -> None:
         _refuse("moe_router_load_balancing_type", balancing, reason, "use 'aux_loss' (our load-balance loss) or 'none'")
     _check_dispatcher(config)
     _check_capture(config)
+
+
+def _check_residual(config: TransformerConfig, dynmoe: DynMoEConfig) -> None:
+    if not dynmoe.residual:
+        return
+    if not config.moe_shared_expert_intermediate_size:
+        reason, instead = "there is no dense expert to mix with", "set --moe-shared-expert-intermediate-size"
+        _refuse("moe_residual", True, reason, instead)
+    if config.moe_shared_expert_overlap:
+        reason = "the overlapped shared expert is added to the routed ones before they can be mixed"
+        _refuse("moe_shared_expert_overlap", True, reason, "leave it off with --moe-residual")
 
 
 def _check_shared_fields(config: TransformerConfig, dynmoe: DynMoEConfig) -> None:

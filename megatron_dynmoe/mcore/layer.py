@@ -13,6 +13,7 @@ from megatron_dynmoe.config import DynMoEConfig
 from megatron_dynmoe.mcore.config import check_config
 from megatron_dynmoe.mcore.dispatcher import VariableKAllToAllDispatcher
 from megatron_dynmoe.mcore.experts import TorchGroupedMLP
+from megatron_dynmoe.mcore.mixer import Mixer
 
 
 class DynMoELayer(MoELayer):
@@ -43,7 +44,8 @@ class DynMoELayer(MoELayer):
         super().__init__(config, submodules, *args, pg_collection=pg_collection, **kwargs)
         self.dynmoe = dynmoe
         self._hidden: Tensor | None = None
-        self._local: Tensor | None = None
+        self._local: Any = None
+        self.mixer = Mixer(config) if dynmoe.residual else None
         for parameter in self.experts.parameters():
             # Experts form their own optimizer and gradient buffer also without expert parallelism (megatron-core: only
             # with it), so that the optimizer's state in a checkpoint moves between expert-parallel sizes.
@@ -75,12 +77,16 @@ class DynMoELayer(MoELayer):
 
         It runs between the start and the end of the dispatch. Override to add to it.
         """
-        return super().shared_experts_compute(hidden_states)
+        return self._with_hidden(super().shared_experts_compute(hidden_states), hidden_states)
+
+    def _with_hidden(self, shared: Tensor | None, hidden_states: Tensor) -> Any:
+        """The mixer reads the layer's input, which megatron-core does not carry to the end of the layer."""
+        return shared if self.mixer is None else (shared, hidden_states)
 
     def shared_experts_compute(self, hidden_states: Tensor) -> Tensor | None:
         """Deferred to :meth:`dispatch` where the dispatch has two halves."""
         if not self._defers:
-            return super().shared_experts_compute(hidden_states)
+            return self._with_hidden(super().shared_experts_compute(hidden_states), hidden_states)
         self._hidden = hidden_states
         return None
 
@@ -99,4 +105,8 @@ class DynMoELayer(MoELayer):
         """Sum the routed, the local and the shared experts' outputs."""
         if self._local is not None:
             shared_expert_output, self._local = self._local, None
-        return super().postprocess(output, shared_expert_output)
+        if self.mixer is None:
+            return super().postprocess(output, shared_expert_output)
+        assert shared_expert_output is not None  # refused at construction
+        shared, hidden = shared_expert_output
+        return self.mixer(hidden, super().postprocess(output, None), shared)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -13,9 +14,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_dynmoe.config import DynMoEConfig
-from megatron_dynmoe.losses import entropy_loss, load_balance_loss, z_loss
+from megatron_dynmoe.losses import Totals, router_losses
 from megatron_dynmoe.mcore.tracker import RoutingTracker
-from megatron_dynmoe.routers import route
+from megatron_dynmoe.routers import GATES, RULES, route
 from megatron_dynmoe.routing import Routing
 
 
@@ -36,7 +37,41 @@ class DynamicRouter(Router):
     ) -> None:
         super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
         self.dynmoe = dynmoe
+        self._add_learned()
         self.on_map: Callable[[Tensor], None] | None = None  # told of the map before losses and statistics are computed
+
+    def _add_learned(self) -> None:
+        """What gate and rule learn beside the weight, and the gate's own initialisation of the weight."""
+        gate, rule = GATES[self.dynmoe.gate], RULES[self.dynmoe.rule]
+        self.keep_float32 = gate.keep_float32
+        if self.keep_float32:
+            self.weight.data = self.weight.data.float()
+        if gate.init_weight is not None and self.config.perform_initialization:
+            gate.init_weight(self.weight.data)
+        self.learned: list[str] = []
+        for declared in (gate.parameters, rule.parameters):
+            if declared is None:
+                continue
+            for name, value in declared(self.dynmoe, *self.weight.shape).items():
+                dtype = torch.float32 if self.keep_float32 else self.config.params_dtype
+                parameter = torch.nn.Parameter(value.to(self.weight.device, dtype))
+                parameter.sequence_parallel = self.config.sequence_parallel
+                self.register_parameter(name, parameter)
+                self.learned.append(name)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> DynamicRouter:
+        """Moves to another device move the router; changes of dtype pass it by where the gate asks for float32."""
+
+        def keep(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return tensor.to(moved.device) if tensor.is_floating_point() and moved.dtype != tensor.dtype else moved
+
+        return super()._apply(keep if self.keep_float32 else fn, recurse)
+
+    @property
+    def active_E(self) -> Tensor | None:
+        """bool [E], the experts there are to choose from; ``None``: all."""
+        return None
 
     def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Route [S, B, D] hidden states.
@@ -57,12 +92,30 @@ class DynamicRouter(Router):
             # The forward of a recompute: it runs again with gradients, and then losses and statistics count.
             return routing.weights_TE, routing.map_TE
         self._observe(routing.map_TE if valid_T is None else routing.map_TE[valid_T], routing.cut)
+        if self.training:
+            self.record(x_TD, routing, valid_T)
         weights_TE = self._attach_losses(routing, valid_T) if self.training else routing.weights_TE
         return weights_TE, routing.map_TE
 
     def routing(self, x_TD: Tensor) -> Routing:
         """The routing decision; override to route another way."""
-        return route(x_TD, self.weight, self.dynmoe, guard=self.training)
+        return route(
+            x_TD,
+            self.weight,
+            self.dynmoe,
+            parameters={name: getattr(self, name) for name in self.learned},
+            active_E=self.active_E,
+            training=self.training,
+        )
+
+    def record(self, x_TD: Tensor, routing: Routing, valid_T: Tensor | None) -> None:
+        """Called once for each training token's routing, for routers that remember; here nothing.
+
+        Args:
+            x_TD: the router's input.
+            routing: of these tokens.
+            valid_T: bool, False for padding; ``None``: all are valid.
+        """
 
     @property
     def _log_layer(self) -> int:
@@ -81,23 +134,14 @@ class DynamicRouter(Router):
 
     def _attach_losses(self, routing: Routing, valid_T: Tensor | None) -> Tensor:
         """Weighted losses, logged per layer, attached to the weights so that backward reaches them."""
-        scores_TE, logits_TE, map_TE = routing.scores_TE, routing.logits_TE, routing.map_TE
         if valid_T is not None:
-            scores_TE, logits_TE, map_TE = scores_TE[valid_T], logits_TE[valid_T], map_TE[valid_T]
-        local_tokens = scores_TE.shape[0]
-        totals = torch.cat([map_TE.sum(dim=0), map_TE.new_full((1,), 1).long() * local_tokens]).float()
-        if self.tp_cp_group.size() > 1:
-            torch.distributed.all_reduce(totals, group=self.tp_cp_group)
-        rows_E, num_tokens = totals[:-1], totals[-1].clamp_min(1)
-
-        losses = {}
-        if self.dynmoe.load_balance_coeff > 0:
-            loss = load_balance_loss(scores_TE, rows_E=rows_E, num_tokens=num_tokens)
-            losses["load_balancing_loss"] = (self.dynmoe.load_balance_coeff, loss)
-        if self.dynmoe.entropy_coeff > 0:
-            losses["entropy_loss"] = (self.dynmoe.entropy_coeff, entropy_loss(scores_TE, num_tokens=num_tokens))
-        if self.dynmoe.z_loss_coeff:
-            losses["z_loss"] = (self.dynmoe.z_loss_coeff, z_loss(logits_TE, num_tokens=num_tokens))
+            kept = {
+                name: getattr(routing, name)[valid_T] for name in ("weights_TE", "map_TE", "scores_TE", "logits_TE")
+            }
+            counted = replace(routing, **kept)
+        else:
+            counted = routing
+        losses = router_losses(counted, self.dynmoe, totals := self._totals(counted.map_TE), self.weight, self.active_E)
         if not losses:
             return routing.weights_TE
         for name, (_, loss) in losses.items():
@@ -106,8 +150,16 @@ class DynamicRouter(Router):
         if self.calculate_per_token_loss:
             # Gradients are divided by the global token count later; see attach_and_log_load_balancing_loss in
             # megatron-core's router.py for the derivation.
-            total = total * num_tokens
+            total = total * totals.tokens
         return MoEAuxLossAutoScaler.apply(routing.weights_TE, total)
+
+    def _totals(self, map_TE: Tensor) -> Totals:
+        local = [map_TE.sum(dim=0), map_TE.new_full((1,), 1).long() * len(map_TE), map_TE.any(dim=-1).sum().view(1)]
+        counts = torch.cat(local).float()
+        if self.tp_cp_group.size() > 1:
+            torch.distributed.all_reduce(counts, group=self.tp_cp_group)
+        tokens, routed = counts[-2].clamp_min(1), counts[-1].clamp_min(1)
+        return Totals(rows_E=counts[:-2], tokens=tokens, routed_tokens=routed, ranks=self.tp_cp_group.size())
 
     def _log(self, name: str, loss: Tensor) -> None:
         num_layers = self.config.num_layers + (self.config.mtp_num_layers or 0)

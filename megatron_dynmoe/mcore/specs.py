@@ -10,6 +10,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dynmoe.config import ConfigError, DynMoEConfig
+from megatron_dynmoe.mcore.adaptive_router import AdaptiveRouter
 from megatron_dynmoe.mcore.experts import TorchGroupedMLP, why_not_torch
 from megatron_dynmoe.mcore.layer import DynMoELayer
 from megatron_dynmoe.mcore.norm import replace_norms
@@ -45,7 +46,7 @@ def _rewrite(submodules: Any, dynmoe: DynMoEConfig) -> bool:
     ours = MoESubmodules(
         experts=partial(build_experts, stock=stock.experts, backend=dynmoe.expert_backend),
         shared_experts=stock.shared_experts,
-        router=partial(DynamicRouter, dynmoe=dynmoe),
+        router=partial(AdaptiveRouter if dynmoe.adaptive_experts else DynamicRouter, dynmoe=dynmoe),
     )
     submodules.mlp = partial(DynMoELayer, submodules=ours, dynmoe=dynmoe)
     return True

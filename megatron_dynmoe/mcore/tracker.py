@@ -27,6 +27,7 @@ class RoutingTracker(MoEMetricsTracker):
         log_interval: iterations between reports.
         loss_names: losses to report besides those that the training loop asks for.
         on_interval: see :data:`IntervalHook`.
+        on_step: called on every rank after the optimizer's step of each iteration, before evaluation and saving.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class RoutingTracker(MoEMetricsTracker):
         log_interval: int = 1,
         loss_names: tuple[str, ...] = (),
         on_interval: IntervalHook | None = None,
+        on_step: Callable[[int], None] | None = None,
     ) -> None:
         super().__init__()
         self.stats = RoutingStats(num_layers, num_experts)
@@ -46,7 +48,7 @@ class RoutingTracker(MoEMetricsTracker):
         # Iterations in the counts. Megatron's own sums differ: it logs the first iteration of a run and does not reset.
         self.iterations = 0
         self.copies, self.log_interval = copies, log_interval
-        self.loss_names, self.on_interval = loss_names, on_interval
+        self.loss_names, self.on_interval, self.on_step = loss_names, on_interval, on_step
 
     def observe(self, layer: int, map_TE: Tensor, cut: Tensor, *, training: bool = True) -> None:
         """Count the routing of one micro-batch at layer ``layer`` (from 0); evaluation is counted apart."""
@@ -60,6 +62,8 @@ class RoutingTracker(MoEMetricsTracker):
         """megatron-core's report of the losses; at the end of an interval, ours of the routing as well."""
         self.iteration = iteration
         self.iterations += 1
+        if self.on_step is not None:
+            self.on_step(iteration)
         names = list(kwargs.get("track_names") or [])
         kwargs["track_names"] = names + [name for name in self.loss_names if name not in names]
         text = super().report(loss_scale, iteration, *args, **kwargs)

@@ -1,41 +1,66 @@
-"""A router end to end: gate, rule, cap, weights."""
+"""A router end to end: gate, rule, bounds, weights."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from megatron_dynmoe.routers.registry import GATES, RULES
+from megatron_dynmoe.routers.registry import GATES, NONE, RULES
 from megatron_dynmoe.routing import Routing
 
 if TYPE_CHECKING:
     from megatron_dynmoe.config import DynMoEConfig
 
 
-def route(x_TD: Tensor, weight_ED: Tensor, config: DynMoEConfig, *, guard: bool = True) -> Routing:
+def route(
+    x_TD: Tensor,
+    weight_ED: Tensor,
+    config: DynMoEConfig,
+    *,
+    parameters: Mapping[str, Tensor] = NONE,
+    active_E: Tensor | None = None,
+    training: bool = True,
+) -> Routing:
     """Route each token: which experts, with what weight.
 
     Args:
         x_TD: hidden states, any float dtype.
         weight_ED: the router's weight.
-        config: gate, rule, cap and normalisation.
-        guard: hold the memory guard's bound on rows. It is for training: a token's experts would depend on the other
-            tokens of the batch, which an evaluated or exported model's must not.
+        config: gate, rule, bounds and normalisation.
+        parameters: what gate and rule learn beside the weight, by name.
+        active_E: bool, the experts that there are to choose from; unset: all.
+        training: hold the memory guard's bound on rows, and let a token visit nobody where the rule says so. In
+            evaluation neither is done: there a token's experts must not depend on the other tokens of the batch, and a
+            rule's empty choice is replaced by the active expert with the highest score.
 
     Returns:
-        Routing, float32. Gradients reach ``x_TD`` and ``weight_ED`` through the weights; the choice itself has none.
+        Routing, float32. Gradients reach ``x_TD`` and the parameters through the weights; the choice itself has none.
     """
-    logits_TE, scores_TE = GATES[config.gate](x_TD, weight_ED)
+    gate, rule = GATES[config.gate], RULES[config.rule]
+    logits_TE, scores_TE = gate(x_TD, weight_ED, config, parameters)
     with torch.no_grad():
-        chosen_TE = RULES[config.rule](scores_TE, config)
+        open_TE = scores_TE if active_E is None else scores_TE.masked_fill(~active_E, -torch.inf)
+        chosen_TE = rule(open_TE, config, parameters)
+        if rule.may_be_empty and not training:
+            chosen_TE = chosen_TE | best_of_none(chosen_TE, open_TE)
         map_TE = cap_experts(chosen_TE, scores_TE, config.max_experts_per_token)
-        if guard:
+        if training:
             map_TE = cap_rows(map_TE, scores_TE, row_bound(map_TE.shape[0], config))
         cut = chosen_TE.sum() - map_TE.sum()
-    weights_TE = finish_weights(scores_TE, map_TE, normalize=config.normalize_weights)
+    if rule.weights is None:
+        weights_TE = finish_weights(scores_TE, map_TE, normalize=config.normalize_weights)
+    else:
+        weights_TE = rule.weights(scores_TE, map_TE, config, parameters)
     return Routing(weights_TE=weights_TE, map_TE=map_TE, scores_TE=scores_TE, logits_TE=logits_TE, cut=cut)
+
+
+def best_of_none(map_TE: Tensor, scores_TE: Tensor) -> Tensor:
+    """bool [T, E]: the expert with the highest score for each token whose row of the map is empty."""
+    best_T1 = scores_TE.argmax(dim=-1, keepdim=True)
+    return torch.zeros_like(map_TE).scatter(-1, best_T1, ~map_TE.any(dim=-1, keepdim=True))
 
 
 def row_bound(num_tokens: int, config: DynMoEConfig) -> int | None:
@@ -77,7 +102,10 @@ def cap_rows(map_TE: Tensor, scores_TE: Tensor, bound: int | None) -> Tensor:
     best_TE = torch.zeros_like(map_TE).scatter(-1, chosen_TE.argmax(dim=-1, keepdim=True), True) & map_TE
     # NaN would sort first and crowd the others out; its token keeps its best expert all the same.
     extra = chosen_TE.masked_fill(best_TE, -torch.inf).nan_to_num(nan=-torch.inf, neginf=-torch.inf).flatten()
-    kept = torch.zeros_like(map_TE.flatten()).scatter(0, extra.topk(bound - tokens).indices, True)
+    # Tokens without an expert leave their room to others; how many there are is known on the device alone.
+    order = extra.topk(bound).indices
+    within = torch.arange(bound, device=order.device) < bound - best_TE.sum()
+    kept = torch.zeros_like(map_TE.flatten()).scatter(0, order, within)
     return best_TE | (kept.view_as(map_TE) & map_TE)
 
 

@@ -5,30 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_dynmoe.routers.linear import linear32
 from megatron_dynmoe.routers.registry import register_gate
 
 
-class _Linear32(torch.autograd.Function):
-    """x W^T in float32 that keeps x in its own dtype for the backward pass: half the memory for a bfloat16 model."""
-
-    @staticmethod
-    def forward(ctx, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
-        ctx.save_for_backward(x_TD, weight_ED)
-        wide = torch.promote_types(x_TD.dtype, torch.float32)
-        return x_TD.to(wide) @ weight_ED.to(wide).t()
-
-    @staticmethod
-    def backward(ctx, grad_TE: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x_TD, weight_ED = ctx.saved_tensors
-        grad_x = grad_weight = None
-        if ctx.needs_input_grad[0]:
-            grad_x = (grad_TE @ weight_ED.to(grad_TE.dtype)).to(x_TD.dtype)
-        if ctx.needs_input_grad[1]:
-            grad_weight = (grad_TE.t() @ x_TD.to(grad_TE.dtype)).to(weight_ED.dtype)
-        return grad_x, grad_weight
-
-
-@register_gate("softmax")
+@register_gate("softmax", probabilities=True)
 def softmax_gate(x_TD: Tensor, weight_ED: Tensor) -> tuple[Tensor, Tensor]:
     """Softmax probabilities over the experts (Huang et al. 2024, arXiv 2403.07652, eq. 2).
 
@@ -39,5 +20,5 @@ def softmax_gate(x_TD: Tensor, weight_ED: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         logits and probabilities, both [T, E] in float32 (float64 for float64 input).
     """
-    logits_TE = _Linear32.apply(x_TD, weight_ED)
+    logits_TE = linear32(x_TD, weight_ED)
     return logits_TE, torch.softmax(logits_TE, dim=-1)

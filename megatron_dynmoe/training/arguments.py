@@ -99,4 +99,9 @@ def dynmoe_from_args(args: Namespace) -> DynMoEConfig:
             f"--num-experts is {experts}, which does not divide by --expert-model-parallel-size {ranks}; "
             f"accepted: a multiple of {ranks}."
         )
+    if config.initial_experts is not None and config.initial_experts > (experts or 0):
+        raise ConfigError(
+            f"--moe-initial-experts is {config.initial_experts}, more than the slots of --num-experts {experts}; "
+            f"accepted: at most {experts}."
+        )
     return config

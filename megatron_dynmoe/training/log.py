@@ -6,6 +6,7 @@ import copy
 import json
 import os
 from argparse import Namespace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from megatron.core import parallel_state
 from megatron.training import get_args, get_timers, is_last_rank
 from megatron.training.training import num_floating_point_operations
 
+from megatron_dynmoe.mcore.adaptation import ExpertAdaptation
 from megatron_dynmoe.mcore.tracker import RoutingTracker
 from megatron_dynmoe.metrics import ModelShape, RoutingSummary
 from megatron_dynmoe.training.step import LossSums
@@ -35,9 +37,17 @@ def model_shape(args: Namespace) -> ModelShape:
         experts=args.num_experts or 0,
         shared_width=args.moe_shared_expert_intermediate_size or 0,
         vocabulary=args.padded_vocab_size,
+        router_extra=router_extra(args),
         gated=args.swiglu,
         tied=not args.untie_embeddings_and_output_weights,
     )
+
+
+def router_extra(args: Namespace) -> int:
+    """Parameters of a layer's router beside its weight (thresholds, a trained scale), and of the residual mixer."""
+    thresholds = args.num_experts if args.moe_rule == "top-any" else 0
+    mixer = 2 * (args.hidden_size + 1) if args.moe_residual else 0
+    return (thresholds or 0) + int(args.moe_train_cosine_scale) + mixer
 
 
 def routed_flops(args: Namespace, experts_per_token: float, batch_size: int) -> float:
@@ -71,11 +81,18 @@ class MetricsFile:
 
 
 def log_interval(
-    file: MetricsFile, iteration: int, iterations: int, summary: RoutingSummary, sums: dict[str, Any]
+    file: MetricsFile,
+    adaptation: ExpertAdaptation | None,
+    iteration: int,
+    iterations: int,
+    summary: RoutingSummary,
+    sums: dict[str, Any],
 ) -> dict[str, float]:
     """Rates and sizes of one log interval; also written to ``file``.
 
     Args:
+        file: where records go.
+        adaptation: of a model whose number of experts adapts.
         iteration: the iteration that ended the interval.
         iterations: how many the summary counts.
         summary: what was routed in it.
@@ -98,13 +115,41 @@ def log_interval(
         "tokens_per_second": args.global_batch_size * args.seq_length / seconds,
         "routed_TFLOP/s/GPU": flops / seconds / args.world_size / 1e12,
     }
+    about_experts = {} if adaptation is None else log_experts(adaptation, scalars)
     record = {"iteration": iteration, "seconds_per_iteration": seconds} | summary.scalars() | scalars
     record["experts_per_token_by_layer"] = summary.experts_per_token_by_layer
+    record["unrouted_tokens_by_layer"] = summary.unrouted_by_layer
+    record |= about_experts
     for name, value in sums.items():
         if name.endswith("loss"):
             record[name.replace(" ", "_")] = float(value) / max(sums.get("advanced iterations", 0), 1)
     file.write(record)
     return scalars
+
+
+def log_experts(adaptation: ExpertAdaptation, scalars: dict[str, float]) -> dict[str, Any]:
+    """Print what was added and removed since the last call; every rank calls it.
+
+    Args:
+        adaptation: of the model.
+        scalars: gets the means over layers.
+
+    Returns:
+        per layer, for the metrics file: active experts, the least, mean and greatest threshold, changes.
+    """
+    events, layers = adaptation.state_of_all_stages()
+    if is_last_rank():
+        for event in events:
+            print(f" [experts] iteration {event.iteration}: {event}", flush=True)
+    scalars["active_experts"] = sum(about["active"] for about in layers.values()) / max(len(layers), 1)
+    scalars["threshold"] = sum(about["threshold"] for about in layers.values()) / max(len(layers), 1)
+    return {
+        "active_experts_by_layer": {layer: about["active"] for layer, about in layers.items()},
+        "thresholds_by_layer": {
+            layer: [about[name] for name in ("least", "threshold", "most")] for layer, about in layers.items()
+        },
+        "expert_changes": [asdict(event) for event in events],
+    }
 
 
 def log_evaluation(file: MetricsFile, tracker: RoutingTracker, losses: LossSums) -> None:

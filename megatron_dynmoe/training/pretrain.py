@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dynmoe import host
 from megatron_dynmoe.config import DynMoEConfig
+from megatron_dynmoe.mcore.adaptation import ExpertAdaptation
 from megatron_dynmoe.mcore.checkpoint import check_folder, latest_folder
 from megatron_dynmoe.mcore.norm import replace_norms
 from megatron_dynmoe.mcore.specs import dynamic_layer_spec
@@ -28,6 +29,9 @@ from megatron_dynmoe.training.arguments import add_dynmoe_args, dynmoe_from_args
 from megatron_dynmoe.training.datasets import build_datasets, data_prefixes
 from megatron_dynmoe.training.log import MetricsFile, log_evaluation, log_interval
 from megatron_dynmoe.training.step import LossSums, forward_step
+
+# Losses that Megatron does not know of, by the first part of their name.
+OWN_LOSSES = ("entropy", "diversity", "simplicity", "efficiency")
 
 # (prefix, vocabulary size) -> None; raises ValueError with one sentence if the data cannot be used.
 DataCheck = Callable[[str, int], Any]
@@ -87,20 +91,22 @@ def run(args: Namespace, dynmoe: DynMoEConfig) -> None:
     model = gpt_config_from_args(args)
     model.transformer_layer_spec = partial(layer_spec, dynmoe=dynmoe)
     file, losses = MetricsFile(args.moe_metrics_file), LossSums()
+    adaptation = ExpertAdaptation(dynmoe, seed=args.seed) if dynmoe.adaptive_experts else None
     tracker = RoutingTracker(
         num_layers=args.num_layers + (args.mtp_num_layers or 0),
         num_experts=args.num_experts or 1,
         copies=1 if args.sequence_parallel else args.tensor_model_parallel_size,
         log_interval=args.log_interval,
-        loss_names=("entropy_loss",) if dynmoe.entropy_coeff > 0 else (),
-        on_interval=partial(log_interval, file),
+        loss_names=tuple(f"{name}_loss" for name in OWN_LOSSES if getattr(dynmoe, f"{name}_coeff") > 0),
+        on_interval=partial(log_interval, file, adaptation),
+        on_step=None if adaptation is None else adaptation.after_step,
     )
     set_moe_metrics_tracker(tracker)
     pretrain(
         pretrain_cfg_container_from_args(args, model),
         build_datasets,
         ModelType.encoder_or_decoder,
-        partial(forward_step, evaluation=losses),
+        partial(forward_step, evaluation=losses, watch=None if adaptation is None else adaptation.watch),
         non_loss_data_func=lambda model: log_evaluation(file, tracker, losses),
     )
 

@@ -76,9 +76,11 @@ def loss_func(
 
 
 def forward_step(
-    data_iterator: Iterator, model: GPTModel, *, evaluation: LossSums
+    data_iterator: Iterator, model: GPTModel, *, evaluation: LossSums, watch: Callable[[GPTModel], None] | None = None
 ) -> tuple[Tensor, Callable[[Tensor], tuple]]:
-    """Run one micro-batch through this stage of the model."""
+    """Run one micro-batch through this stage of the model; ``watch`` is told of the stage before."""
+    if watch is not None:
+        watch(model)
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
     batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# The Dynamic MoE paper's model on several nodes of 8 GPUs, through Slurm. From the repository's root:
+# One of the models in examples/models on several nodes of 8 GPUs, through Slurm. From the repository's root:
 #
-#   DATA=... TOKENIZER=... SAVE=... sbatch --nodes 4 examples/slurm_dynamic_moe_24l.sh [flags of your own]
+#   DATA=... TOKENIZER=... SAVE=... sbatch --nodes 4 --job-name dynmoe_24l examples/slurm.sh MODEL [flags of your own]
 #
-# One task a node runs torchrun; the nodes meet at the first of them (c10d). Two minutes before the time is up, or when
-# the job is preempted, Slurm sends SIGTERM to every process: the ranks finish their iteration, save and exit. The job
-# then queues itself again, and resumes from SAVE, as long as it got further than the time before.
+# One task a node runs pretrain.sh; the nodes meet at the first of them (c10d). Two minutes before the time is up, or
+# when the job is preempted, Slurm sends SIGTERM to every process: the ranks finish their iteration, save and exit. The
+# job then queues itself again, and resumes from SAVE, as long as it got further than the time before.
 # Partition, account and container are your cluster's: give them to sbatch.
-#SBATCH --job-name=dynamic_moe_24l
+#SBATCH --job-name=pretrain
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
@@ -19,12 +19,14 @@
 #SBATCH --output=%x-%j.log
 set -euo pipefail
 
-refuse() { echo "slurm_dynamic_moe_24l.sh: $*" >&2; exit 2; }
+refuse() { echo "slurm.sh: $*" >&2; exit 2; }
 [[ -n ${SLURM_JOB_ID:-} ]] || refuse "this is no Slurm job; start it with sbatch."
 [[ -n ${SAVE:-} ]] || refuse "SAVE is not set; give a folder that all nodes see."
 # sbatch runs a copy of this file from elsewhere, so the folder of submission is all it knows of the checkout.
 cd "$SLURM_SUBMIT_DIR"
-[[ -f examples/dynamic_moe_24l.sh ]] || refuse "$PWD has no examples/dynamic_moe_24l.sh; run sbatch in the repository's root."
+[[ -f examples/pretrain.sh ]] || refuse "$PWD has no examples/pretrain.sh; run sbatch in the repository's root."
+# A wrong name is answered here, once, and not on every node.
+[[ -f examples/models/${1:-}.args ]] || exec bash examples/pretrain.sh "$@"
 
 saved() { # the iteration of the newest checkpoint, 0 before the first
     local tracker=$SAVE/latest_checkpointed_iteration.txt
@@ -41,7 +43,7 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-110}
 
 before=$(saved) code=0
 # torchrun ends with an error after SIGTERM, also when its ranks saved and left in good order.
-srun --kill-on-bad-exit=1 bash examples/dynamic_moe_24l.sh "$@" || code=$?
+srun --kill-on-bad-exit=1 bash examples/pretrain.sh "$@" || code=$?
 after=$(saved)
 
 if ((after >= TRAIN_ITERS)); then

@@ -1,19 +1,30 @@
 #!/usr/bin/env bash
-# Pretrain the Dynamic MoE paper's model (arXiv 2403.07652; 3.5B parameters, 16 experts a layer, p = 0.4) on 8 GPUs.
+# Pretrain one of the models in examples/models on 8 GPUs. MODEL is the name of its file there, without .args:
+# dynamic_moe_24l, the model of the Dynamic MoE paper, or dynmoe_24l, as large, with the routing of DynMoE.
 #
-#   DATA="0.7 data/cc 0.3 data/code" TOKENIZER=llama2/tokenizer.model SAVE=runs/dynamic_moe examples/dynamic_moe_24l.sh
+#   DATA="0.7 data/cc 0.3 data/code" TOKENIZER=llama2/tokenizer.model SAVE=runs/dynamic_moe \
+#       examples/pretrain.sh dynamic_moe_24l
 #
 #   DATA       indexed datasets without .bin/.idx, each with its weight before it, or one alone
 #   TOKENIZER  what the data was tokenized with: a SentencePiece .model, or a Hugging Face folder
 #   SAVE       where checkpoints and curves go; training resumes from there if it holds a checkpoint
 #
-# Flags of your own come after and win:  examples/dynamic_moe_24l.sh --micro-batch-size 4 --moe-max-experts-per-token 8
-# GPUS (8) is the number of GPUs of a node, TRAIN_ITERS the length of training. Several nodes: slurm_dynamic_moe_24l.sh.
+# Flags of your own come after and win:  examples/pretrain.sh dynamic_moe_24l --micro-batch-size 4
+# GPUS (8) is the number of GPUs of a node, TRAIN_ITERS the length of training. Several nodes: slurm.sh.
 # Without Transformer Engine: TRANSFORMER_IMPL=local, which computes the experts with torch's grouped GEMM.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 refuse() { echo "$(basename "$0"): $*" >&2; exit 2; }
+
+models=("$here"/models/*.args)
+models=("${models[@]##*/}")
+accepted=$(printf ', %s' "${models[@]%.args}")
+accepted=${accepted:2}
+[[ -n ${1:-} ]] || refuse "MODEL is missing; give one as the first argument: $accepted."
+[[ $1 != */* && -f $here/models/$1.args ]] || refuse "MODEL is $1; accepted as the first argument: $accepted."
+model_file=$here/models/$1.args
+shift
 
 [[ -n ${DATA:-} ]] || refuse "DATA is not set; give the indexed dataset(s), as in DATA=\"0.7 data/cc 0.3 data/code\"."
 [[ -n ${TOKENIZER:-} ]] || refuse "TOKENIZER is not set; give the SentencePiece .model or the Hugging Face folder of the data."
@@ -36,10 +47,10 @@ case $impl in
     *) refuse "TRANSFORMER_IMPL is $impl; accepted: transformer_engine or local." ;;
 esac
 
-# The paper's model: shared with the test that counts its parameters. One flag a line, comments with #.
-mapfile -t model < <(sed 's/#.*//' "$here/models/dynamic_moe_24l.args" | xargs -n 1)
+# The model and its routing: one flag a line, comments with #.
+mapfile -t model < <(sed 's/#.*//' "$model_file" | xargs -n 1)
 
-# The paper says 100B tokens of RedPajama. The rest of this list is our choice: 512 sequences of 2048 are 2^20 tokens a
+# 100B tokens, as in the Dynamic MoE paper. The rest of this list is our choice: 512 sequences of 2048 are 2^20 tokens a
 # step, so 95368 steps; rates as usual for LLaMA models of this size.
 iterations=${TRAIN_ITERS:-95368}
 training=(

@@ -1,0 +1,158 @@
+"""What moves between steps: DynMoE's adaptive number of experts (Guo et al. 2024, arXiv 2405.14297, section 3.2).
+
+Experts are slots, a mask says which are active.  Over a window of iterations it is recorded how many tokens each expert
+received, and what the tokens looked like that activated nobody.  At the end of the window slots that received nothing
+are deactivated, and slots are activated for the tokens that went without.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When to record and when to update, in training iterations.
+
+    Attributes:
+        record_from, update_at: the window [record_from, update_at) of each period.
+        period: iterations; 0 means never.
+    """
+
+    record_from: int
+    update_at: int
+    period: int
+
+    def records(self, step: int) -> bool:
+        """Whether training iteration ``step`` (from 0) is recorded."""
+        return self.period > 0 and self.record_from <= step % self.period < self.update_at
+
+    def updates(self, step: int) -> bool:
+        """Whether the update comes after training iteration ``step`` (from 0), the last of a window."""
+        return self.period > 0 and step % self.period == self.update_at - 1
+
+
+@dataclass
+class Records:
+    """What a window has seen.
+
+    Unrouted tokens fall into as many buckets as experts may be added in one update: one for all of them (DynMoE), or
+    one for each expert, and a token into that of the expert with its highest score.
+
+    Attributes:
+        rows_E: int64, tokens that each expert received.
+        unrouted_B: int64, tokens that activated nobody, by bucket.
+        sums_BD: float32, the sum of those tokens' router inputs.
+    """
+
+    rows_E: Tensor
+    unrouted_B: Tensor
+    sums_BD: Tensor
+
+    @classmethod
+    def empty(cls, experts: int, width: int, *, buckets: int) -> Records:
+        """Nothing seen yet."""
+        counts = torch.zeros(experts, dtype=torch.int64), torch.zeros(buckets, dtype=torch.int64)
+        return cls(*counts, torch.zeros(buckets, width))
+
+    @torch.no_grad()
+    def add(self, x_TD: Tensor, map_TE: Tensor, scores_TE: Tensor, active_E: Tensor) -> None:
+        """Count one micro-batch in place; nothing waits for the device.
+
+        Args:
+            x_TD: the router's input.
+            map_TE: bool, the routing.
+            scores_TE: float32.
+            active_E: bool.
+        """
+        self.rows_E += map_TE.sum(dim=0)
+        unrouted_T = ~map_TE.any(dim=-1)
+        bucket_T = torch.zeros_like(unrouted_T, dtype=torch.int64)
+        if len(self.unrouted_B) > 1:
+            bucket_T = scores_TE.masked_fill(~active_E, -torch.inf).argmax(dim=-1)
+        self.unrouted_B.index_add_(0, bucket_T, unrouted_T.long())
+        # where, not a product: a routed token with an infinite value must not reach the sum.
+        x_TD = torch.where(unrouted_T.unsqueeze(-1), x_TD, x_TD.new_zeros(()))
+        self.sums_BD.index_add_(0, bucket_T, x_TD.to(self.sums_BD.dtype))
+
+
+@dataclass(frozen=True)
+class Change:
+    """One update of one layer.
+
+    Attributes:
+        removed, added: slots.
+        embeddings_AD: float32, a row for each added slot.
+        similar: for each added slot, the active expert of before with the most similar embedding.
+        unrouted: tokens of the window that activated nobody.
+    """
+
+    removed: list[int] = field(default_factory=list)
+    added: list[int] = field(default_factory=list)
+    embeddings_AD: Tensor | None = None
+    similar: list[int] = field(default_factory=list)
+    unrouted: int = 0
+
+    def apply(self, active_E: Tensor) -> None:
+        """Change the mask in place."""
+        active_E[self.removed] = False
+        active_E[self.added] = True
+
+
+def slot_order(slots: int) -> list[int]:
+    """Slots in the order in which they are filled: every prefix is spread evenly, so over expert-parallel ranks too.
+
+    The order is that of the reversed binary digits (van der Corput); it does not depend on the layout.
+    """
+    digits = max(slots - 1, 1).bit_length()
+    return sorted(range(slots), key=lambda slot: int(f"{slot:0{digits}b}"[::-1], 2))
+
+
+def initial_mask(slots: int, active: int | None) -> Tensor:
+    """bool [slots], ``active`` of them True; all if ``None``."""
+    mask_E = torch.zeros(slots, dtype=torch.bool)
+    mask_E[slot_order(slots)[: slots if active is None else active]] = True
+    return mask_E
+
+
+@torch.no_grad()
+def adapt(active_E: Tensor, records: Records, weight_ED: Tensor, *, max_added: int) -> Change:
+    """Remove experts that no token visited, then add some for the tokens that visited nobody.
+
+    An added expert's embedding is the direction of its bucket's sum; its threshold is to be 0.  Buckets with more
+    tokens come first.  Everything is decided by integer counts, which all ranks have; a window without any token, and
+    a sum without (finite) direction, change nothing.
+
+    Args:
+        active_E: bool, before the update.
+        records: of all ranks that hold the layer.
+        weight_ED: the embeddings.
+        max_added: at most so many are added.
+
+    Returns:
+        the change; nothing is written.
+    """
+    active, rows, unrouted = active_E.tolist(), records.rows_E.tolist(), records.unrouted_B.tolist()
+    if sum(rows) + sum(unrouted) == 0:
+        return Change()
+    removed = [slot for slot, is_active in enumerate(active) if is_active and rows[slot] == 0]
+    free = [slot for slot in slot_order(len(active)) if not active[slot] or slot in removed]
+    norms = torch.linalg.vector_norm(records.sums_BD, dim=-1).tolist()
+    buckets = [b for b in range(len(unrouted)) if unrouted[b] > 0 and 0 < norms[b] < math.inf]
+    buckets = sorted(buckets, key=lambda b: -unrouted[b])[: min(max_added, len(free))]
+    if not buckets:
+        return Change(removed=removed, unrouted=sum(unrouted))
+    embeddings_AD = torch.nn.functional.normalize(records.sums_BD[buckets], dim=-1)
+    directions_ED = torch.nn.functional.normalize(weight_ED.float(), dim=-1)
+    cosines_AE = (embeddings_AD @ directions_ED.t()).masked_fill(~active_E, -torch.inf)
+    return Change(
+        removed=removed,
+        added=free[: len(buckets)],
+        embeddings_AD=embeddings_AD,
+        similar=cosines_AE.argmax(dim=-1).tolist(),
+        unrouted=sum(unrouted),
+    )

@@ -1,0 +1,111 @@
+"""From the arguments that megatron saved in a checkpoint to the fields of the Hugging Face configuration."""
+
+from argparse import Namespace
+from typing import Any
+
+from .checkpoint import ExportError
+
+# Arguments that change what the model computes, and the values this export can express. An argument that a checkpoint
+# does not have is from a version without the feature.
+_EXPRESSIBLE: dict[str, tuple[Any, ...]] = {
+    "normalization": ("RMSNorm",),
+    "layernorm_zero_centered_gamma": (False,),
+    "swiglu": (True,),
+    "activation_func_clamp_value": (None,),
+    "glu_linear_offset": (0.0,),
+    "add_bias_linear": (False,),
+    "add_qkv_bias": (False,),
+    "qk_layernorm": (False,),
+    "qk_l2_norm": (False,),
+    "apply_residual_connection_post_layernorm": (False,),
+    "multi_latent_attention": (False,),
+    "experimental_attention_variant": (None,),
+    "linear_attention_freq": (None,),
+    "attention_output_gate": (False,),
+    "softmax_type": ("vanilla",),
+    "window_size": (None,),
+    "position_embedding_type": ("rope",),
+    "rotary_percent": (1.0,),
+    "rotary_interleaved": (False,),
+    "rotary_seq_len_interpolation_factor": (None,),
+    "use_rope_scaling": (False,),
+    "no_rope_freq": (None,),
+    "mtp_num_layers": (None, 0),
+    "use_mup": (False,),
+    "moe_gate": ("softmax", "cosine"),
+    "moe_rule": ("top-p", "top-k", "top-any"),
+    "moe_router_score_function": ("softmax",),
+    "moe_router_enable_expert_bias": (False,),
+    "moe_router_num_groups": (None,),
+    "moe_router_group_topk": (None,),
+    "moe_router_topk_scaling_factor": (None, 1.0),
+    "moe_apply_probs_on_input": (False,),
+    "moe_latent_size": (None,),
+    "moe_mlp_glu_interleave_size": (None,),
+    "moe_shared_expert_glu_interleave_size": (None,),
+}
+
+
+def config_fields(args: Namespace) -> dict[str, Any]:
+    """Fields of `DynMoEHFConfig` from megatron's saved arguments; all but `vocab_size` and the token ids.
+
+    Raises:
+        ExportError: an argument is missing, or has a value that the exported model could not express.
+    """
+    for name, accepted in _EXPRESSIBLE.items():
+        value = getattr(args, name, accepted[0])
+        if value not in accepted:
+            wanted = " or ".join(repr(v) for v in accepted)
+            raise ExportError(f"the checkpoint was trained with {name} = {value!r}; the export can express {wanted}.")
+    try:
+        return _attention_fields(args) | _moe_fields(args)
+    except AttributeError as error:
+        raise ExportError(f"the checkpoint's saved arguments lack {error.name!r}.") from error
+
+
+def _attention_fields(args: Namespace) -> dict[str, Any]:
+    heads = args.num_attention_heads
+    return {
+        "hidden_size": args.hidden_size,
+        "intermediate_size": args.ffn_hidden_size,
+        "num_hidden_layers": args.num_layers,
+        "num_attention_heads": heads,
+        # megatron reads num_query_groups only under --group-query-attention (its default there is 1)
+        "num_key_value_heads": args.num_query_groups if args.group_query_attention else heads,
+        "head_dim": args.kv_channels or args.hidden_size // heads,
+        "max_position_embeddings": args.max_position_embeddings or args.seq_length,
+        "rms_norm_eps": args.layernorm_epsilon,
+        "rope_parameters": {"rope_type": "default", "rope_theta": float(args.rotary_base)},
+        "tie_word_embeddings": not args.untie_embeddings_and_output_weights,
+        "initializer_range": args.init_method_std,
+    }
+
+
+def _moe_fields(args: Namespace) -> dict[str, Any]:
+    layers, experts = args.num_layers, getattr(args, "num_experts", None)
+    if not experts:
+        return {"moe_layers": [0] * layers, "num_experts": 1}
+    freq = args.moe_layer_freq
+    fields = {
+        "moe_layers": list(freq) if isinstance(freq, list) else [int(i % freq == 0) for i in range(layers)],
+        "num_experts": experts,
+        "moe_intermediate_size": args.moe_ffn_hidden_size or args.ffn_hidden_size,
+        "shared_expert_intermediate_size": args.moe_shared_expert_intermediate_size or 0,
+        "shared_expert_gate": bool(getattr(args, "moe_shared_expert_gate", False)),
+        "num_experts_per_tok": args.moe_router_topk,
+    }
+    if not hasattr(args, "moe_rule"):
+        # Stock megatron: top-k, by default with a softmax over the chosen logits, which is the same as normalising.
+        return fields | {"router_rule": "top-k", "normalize_router_weights": not args.moe_router_pre_softmax}
+    if args.moe_rule == "top-p" and args.moe_top_p is None:
+        raise ExportError("the checkpoint's saved arguments say moe_rule = 'top-p' but no moe_top_p.")
+    return fields | {
+        "router_gate": getattr(args, "moe_gate", "softmax"),
+        "cosine_scale": float(getattr(args, "moe_cosine_scale", 1.0)),
+        "trained_cosine_scale": bool(getattr(args, "moe_train_cosine_scale", False)),
+        "residual_mixture": bool(getattr(args, "moe_residual", False)),
+        "router_rule": args.moe_rule,
+        "top_p_threshold": float(args.moe_top_p or 0.0),
+        "max_experts_per_token": args.moe_max_experts_per_token,
+        "normalize_router_weights": bool(args.moe_normalize_weights),
+    }
