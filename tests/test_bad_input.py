@@ -35,6 +35,16 @@ def test_experts_not_divisible(tmp_path):
     assert "--num-experts is 4" in message and "multiple of 3" in message
 
 
+def test_more_initial_experts_than_slots(tmp_path):
+    message = refused(tmp_path, "--moe-preset", "dynmoe", "--moe-initial-experts", "5")
+    assert "--moe-initial-experts is 5" in message and "--num-experts 4" in message and "at most 4" in message
+
+
+def test_a_window_that_never_ends(tmp_path):
+    message = refused(tmp_path, "--moe-preset", "dynmoe", "--moe-record-from", "700")
+    assert "--moe-update-at" in message and "600" in message and "never ends" in message
+
+
 def indexed(folder, tokens, *, vocabulary=None):
     """A small indexed dataset through megatron's builder (tests run where megatron imports)."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
