@@ -9,9 +9,11 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
+from megatron_dynmoe.presets import PRESETS
+
 # Names that a field accepts.  routers/registry.py adds those of gates and rules that are registered from elsewhere.
 NAMES: dict[str, list[str]] = {
-    "gate": ["softmax", "cosine"],
+    "gate": ["softmax", "tanh", "cosine"],
     "rule": ["top-p", "top-k", "top-any"],
     "added_expert_init": ["keep", "fresh", "copy"],
     "expert_backend": ["auto", "torch", "sequential", "te"],
@@ -39,7 +41,8 @@ class DynMoEConfig:
 
     gate: str = "softmax"
     """Gate: how hidden states become scores, in float32. 'softmax': a linear map, then softmax over the experts;
-    'cosine': the sigmoid of the scaled cosine with each expert's embedding (DynMoE)."""
+    'tanh': two linear maps with tanh between, then softmax (the released MoE++); 'cosine': the sigmoid of the scaled
+    cosine with each expert's embedding (DynMoE)."""
 
     rule: str = "top-p"
     """Rule: which experts a token visits. 'top-p': the smallest set whose probability exceeds --moe-top-p
@@ -94,6 +97,35 @@ class DynMoEConfig:
 
     input_jitter_eps: float | None = _megatron("moe_input_jitter_eps", None)
     """Multiply the router's input by uniform noise in [1 - eps, 1 + eps] while training; unset: none."""
+
+    zero_experts: int = 0
+    """Zero experts, E(x) = 0, beside the --num-experts FFN experts (MoE++); any rule chooses among all of them."""
+
+    copy_experts: int = 0
+    """Copy experts, E(x) = x."""
+
+    constant_experts: int = 0
+    """Constant experts, E(x) = a1 x + a2 v with a learned v and [a1, a2] = softmax(W x)."""
+
+    tau: float = 0.75
+    """Weight of zero-computation experts in the load-balance loss and in capacities; a smaller one sends more tokens
+    to them."""
+
+    capacity_gamma: float | None = None
+    """Capacity factor while training: of a rank's T tokens an FFN expert takes gamma * tau * T / (tau N_FFN + N_ZC), a
+    zero-computation expert gamma * T / (tau N_FFN + N_ZC), those with the highest scores. Unset: all of them."""
+
+    gating_residual: bool = False
+    """Add a learned map of the previous MoE layer's logits to the logits (MoE++)."""
+
+    logits_norm_std: float | None = None
+    """Divide each token's logits by their standard deviation over this one; unset: do not."""
+
+    drop_zero_weight: bool = False
+    """Set the weights of zero experts to 0 and normalise the others' (the released MoE++)."""
+
+    expert_input_scale: float = 1.0
+    """Multiply the experts' input, not the router's, by this: 2 in the released MoE++."""
 
     adaptive_experts: bool = False
     """Let the number of experts adapt: --num-experts are slots, those that no token visits are removed, and slots are
@@ -153,8 +185,27 @@ class DynMoEConfig:
         z_loss, jitter = self.z_loss_coeff, self.input_jitter_eps
         self._require("z_loss_coeff", z_loss is None or (_is_number(z_loss) and z_loss >= 0), "a number of at least 0")
         self._require("input_jitter_eps", jitter is None or (_is_number(jitter) and 0 <= jitter < 1), "in [0, 1)")
+        self._check_zero_computation()
         self._check_cosine()
         self._check_adaptation()
+
+    @property
+    def zero_computation_experts(self) -> int:
+        """Z, the columns of the router beside those of the FFN experts: constant, copy, zero."""
+        return self.constant_experts + self.copy_experts + self.zero_experts
+
+    def _check_zero_computation(self) -> None:
+        for name in ("zero_experts", "copy_experts", "constant_experts"):
+            value = getattr(self, name)
+            self._require(name, value == 0 or _is_count(value), "a whole number of at least 0")
+        self._require("tau", _is_number(self.tau) and 0 < self.tau <= 1, "a number above 0, at most 1")
+        for name in ("capacity_gamma", "logits_norm_std"):
+            value = getattr(self, name)
+            self._require(name, value is None or (_is_number(value) and value > 0), "a number above 0, or unset")
+        scale = self.expert_input_scale
+        self._require("expert_input_scale", _is_number(scale) and scale > 0, "a number above 0")
+        fits = self.zero_experts > 0 and self.gate != "cosine"
+        self._require("drop_zero_weight", fits or not self.drop_zero_weight, "off, or --moe-zero-experts and softmax")
 
     def _check_cosine(self) -> None:
         scale = self.cosine_scale
@@ -170,6 +221,9 @@ class DynMoEConfig:
     def _check_adaptation(self) -> None:
         adaptive, initial = self.adaptive_experts, self.initial_experts
         self._require("adaptive_experts", not adaptive or self.rule == "top-any", "off, or --moe-rule top-any")
+        what = "off: slots are not combined with zero-computation experts or gating residuals yet"
+        combined = self.zero_computation_experts or self.gating_residual
+        self._require("adaptive_experts", not adaptive or not combined, what)
         self._require(
             "initial_experts", initial is None or _is_count(initial), "a whole number of at least 1, or unset"
         )
@@ -198,25 +252,6 @@ class DynMoEConfig:
             ConfigError: unknown preset, or a value that is not accepted.
         """
         return cls(**(preset_fields(preset) | overrides))
-
-
-PRESETS: dict[str, dict[str, Any]] = {
-    # Huang et al. 2024, arXiv 2403.07652: p = 0.4, alpha = 1e-2, beta = 1e-4, raw probabilities as weights.
-    "dynamic-moe": {"rule": "top-p", "top_p": 0.4, "load_balance_coeff": 1e-2, "entropy_coeff": 1e-4},
-    # Fedus et al. 2021, arXiv 2101.03961: one expert, weighted by its probability; alpha = 1e-2.
-    "switch": {"rule": "top-k", "topk": 1, "load_balance_coeff": 1e-2},
-    # Lepikhin et al. 2020, arXiv 2006.16668: two experts, weights normalised over the pair.
-    "gshard": {"rule": "top-k", "topk": 2, "normalize_weights": True, "load_balance_coeff": 1e-2},
-    # Guo et al. 2024, arXiv 2405.14297: top-any gating, both losses at 1e-2; scale and schedule are those of the public
-    # code's DeepSpeed layer (scale 1, not trained; record from 300, update at 600, period 900).
-    "dynmoe": {
-        "gate": "cosine",
-        "rule": "top-any",
-        "diversity_coeff": 1e-2,
-        "simplicity_coeff": 1e-2,
-        "adaptive_experts": True,
-    },
-}
 
 
 def preset_fields(preset: str) -> dict[str, Any]:

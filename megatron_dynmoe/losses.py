@@ -127,17 +127,40 @@ def efficiency_loss(weights_TE: Tensor, map_TE: Tensor, *, num_tokens: Tensor | 
     return (weights_TE * map_TE.sum(dim=-1, keepdim=True)).sum() / (num_tokens * map_TE.shape[-1])
 
 
+def heterogeneous_balance_loss(
+    scores_TC: Tensor, *, rows_C: Tensor, num_tokens: Tensor | float, free: int, tau: float
+) -> Tensor:
+    """L_b = sum_i eta_i f_i P_i, eta = 1 for FFN experts and tau for zero-computation ones.
+
+    Jin et al. 2024, arXiv 2410.07348, eq. 7; f_i is the fraction of tokens that choose i, P_i its mean probability.
+    Unlike Switch's loss there is no factor for the number of experts.
+
+    Args:
+        scores_TC: float32 probabilities of this rank's tokens.
+        rows_C: tokens that chose each expert, over the whole micro-batch; no gradient.
+        num_tokens: tokens of the whole micro-batch.
+        free: zero-computation experts, the last columns.
+        tau: their weight.
+
+    Returns:
+        float32 scalar: this rank's share.
+    """
+    eta_C = torch.ones_like(rows_C, dtype=scores_TC.dtype)
+    eta_C[len(eta_C) - free :] = tau
+    return (eta_C * rows_C / num_tokens * scores_TC.sum(dim=0) / num_tokens).sum()
+
+
 @dataclass(frozen=True)
 class Totals:
     """Counts of a whole micro-batch, over the ranks that share its tokens.
 
     Attributes:
-        rows_E: float32, tokens that chose each expert.
+        rows_C: float32, tokens that chose each expert.
         tokens: float32 scalar. routed_tokens: those that chose anybody.
         ranks: how many ranks share the tokens.
     """
 
-    rows_E: Tensor
+    rows_C: Tensor
     tokens: Tensor
     routed_tokens: Tensor
     ranks: int
@@ -156,20 +179,15 @@ def router_losses(
     """
     losses: dict[str, tuple[float, Tensor]] = {}
     if config.load_balance_coeff > 0:
-        top_any = config.rule == "top-any"
-        scores_TE = routing.weights_TE if top_any else routing.scores_TE
-        tokens, experts = totals.routed_tokens if top_any else totals.tokens, None
-        if active_E is not None:
-            experts = active_E.sum()
-        loss = load_balance_loss(scores_TE, rows_E=totals.rows_E, num_tokens=tokens, experts=experts)
-        losses["load_balancing_loss"] = (config.load_balance_coeff, loss)
+        losses["load_balancing_loss"] = (config.load_balance_coeff, _balance(routing, config, totals, active_E))
     if config.entropy_coeff > 0:
-        loss = entropy_loss(routing.scores_TE, num_tokens=totals.tokens)
+        loss = entropy_loss(routing.scores_TC, num_tokens=totals.tokens)
         losses["entropy_loss"] = (config.entropy_coeff, loss)
     if config.z_loss_coeff:
-        losses["z_loss"] = (config.z_loss_coeff, z_loss(routing.logits_TE, num_tokens=totals.tokens))
+        losses["z_loss"] = (config.z_loss_coeff, z_loss(routing.logits_TC, num_tokens=totals.tokens))
     if config.efficiency_coeff > 0:
-        loss = efficiency_loss(routing.weights_TE, routing.map_TE, num_tokens=totals.tokens)
+        weights_TC = torch.cat([routing.weights_TE, routing.free_weights_TZ], dim=-1)
+        loss = efficiency_loss(weights_TC, routing.map_TC, num_tokens=totals.tokens)
         losses["efficiency_loss"] = (config.efficiency_coeff, loss)
     # The last two are of the router, not of tokens: each rank adds an equal share of them.
     if config.diversity_coeff > 0:
@@ -177,3 +195,16 @@ def router_losses(
     if config.simplicity_coeff > 0:
         losses["simplicity_loss"] = (config.simplicity_coeff, simplicity_loss(weight_ED, active_E) / totals.ranks)
     return losses
+
+
+def _balance(routing: Routing, config: DynMoEConfig, totals: Totals, active_E: Tensor | None) -> Tensor:
+    """The load-balance loss of the rule: over weights and routed tokens for top-any, else over scores."""
+    top_any, free = config.rule == "top-any", config.zero_computation_experts
+    scores_TC, tokens = routing.scores_TC, totals.tokens
+    if top_any:
+        scores_TC = torch.cat([routing.weights_TE, routing.free_weights_TZ], dim=-1)
+        tokens = totals.routed_tokens
+    if free:
+        return heterogeneous_balance_loss(scores_TC, rows_C=totals.rows_C, num_tokens=tokens, free=free, tau=config.tau)
+    experts = None if active_E is None else active_E.sum()
+    return load_balance_loss(scores_TC, rows_E=totals.rows_C, num_tokens=tokens, experts=experts)

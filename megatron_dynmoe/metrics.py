@@ -7,10 +7,14 @@ before that.
 from __future__ import annotations
 
 from dataclasses import astuple, dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from megatron_dynmoe.routing import Routing
 
 
 @dataclass(frozen=True)
@@ -47,8 +51,10 @@ class RoutingSummary:
         routed_rows: (token, expert) pairs, all layers and ranks.
         tokens: tokens seen by one MoE layer.
         cut_rows: assignments that the rule chose and a bound took away, all layers and ranks.
-        unrouted: share of tokens that visit no expert, mean over MoE layers.
+        unrouted: share of tokens that visit no FFN expert, mean over MoE layers.
         unrouted_by_layer: the same by layer index.
+        dropped: assignments that did not fit into a capacity, all layers and ranks.
+        free_by_layer: by layer index and kind of zero-computation expert, the share of tokens that choose it.
         traffic: of all layers and ranks; with the alltoall dispatcher.
     """
 
@@ -61,6 +67,8 @@ class RoutingSummary:
     cut_rows: int = 0
     unrouted: float = 0.0
     unrouted_by_layer: dict[int, float] = field(default_factory=dict)
+    dropped: int = 0
+    free_by_layer: dict[int, dict[str, float]] = field(default_factory=dict)
     traffic: Traffic = Traffic()
 
     def scalars(self) -> dict[str, float]:
@@ -70,20 +78,33 @@ class RoutingSummary:
             "experts_per_token_p99": float(self.experts_per_token_p99),
             "load_imbalance": self.load_imbalance,
             "unrouted_tokens": self.unrouted,
+        } | {
+            f"{kind}_tokens": sum(shares[kind] for shares in self.free_by_layer.values()) / len(self.free_by_layer)
+            for kind in next(iter(self.free_by_layer.values()), {})
         }
 
 
 class RoutingStats:
-    """Adds up routing maps: rows per expert, and how many tokens visited 0, 1, 2, ... experts, for each layer."""
+    """Adds up routing maps: rows per expert, and how many tokens visited 0, 1, 2, ... experts, for each layer.
 
-    def __init__(self, num_layers: int, num_experts: int) -> None:
+    Args:
+        num_layers, num_experts: of the model.
+        free: zero-computation experts by kind, in the order of their columns.
+    """
+
+    def __init__(self, num_layers: int, num_experts: int, free: dict[str, int] | None = None) -> None:
         self.num_experts = num_experts
-        # Columns: E rows per expert, E + 1 of the histogram, rows cut; one tensor, so that one all-reduce sums it.
-        self.counts = torch.zeros(num_layers, 2 * num_experts + 2, dtype=torch.int64)
+        self.free = {kind: count for kind, count in (free or {}).items() if count > 0}
+        # Columns: E rows per expert, E + 1 of the histogram, tokens by kind of zero-computation expert, rows dropped,
+        # rows cut; one tensor, so that one all-reduce sums it.
+        self.counts = torch.zeros(num_layers, 2 * num_experts + 1 + len(self.free) + 2, dtype=torch.int64)
         self.traffic = Traffic()
 
-    def add(self, layer: int, map_TE: Tensor, cut: Tensor | None = None) -> None:
-        """Count one map, bool [T, E], and the assignments cut from it (int64 scalar), at layer ``layer``."""
+    def add(self, layer: int, routing: Routing, valid_T: Tensor | None = None) -> None:
+        """Count one routing at layer ``layer``; of its tokens those that ``valid_T`` (bool) names, or all."""
+        map_TE, free_TZ = routing.map_TE, routing.free_map_TZ
+        if valid_T is not None:
+            map_TE, free_TZ = map_TE[valid_T], free_TZ[valid_T]
         if self.counts.device != map_TE.device:
             self.counts = self.counts.to(map_TE.device)
         with torch.no_grad():
@@ -91,8 +112,10 @@ class RoutingStats:
             row[: self.num_experts] += map_TE.sum(dim=0)
             experts_T = map_TE.sum(dim=1) + self.num_experts
             row.index_add_(0, experts_T, torch.ones_like(experts_T))
-            if cut is not None:
-                row[-1] += cut
+            for place, columns in enumerate(free_TZ.split(list(self.free.values()), dim=1) if self.free else ()):
+                row[2 * self.num_experts + 1 + place] += columns.any(dim=1).sum()
+            row[-2] += routing.dropped
+            row[-1] += routing.cut
 
     def reduce(self, *, divide_by: int = 1) -> RoutingSummary:
         """Sum over all ranks, summarise, and start again from zero.
@@ -111,12 +134,13 @@ class RoutingStats:
             dist.all_reduce(counts)
         counts = counts.cpu() // divide_by
         sent = Traffic(*counts[-3:].tolist())
-        return replace(summarize(counts[:-3].view(shape), self.num_experts), traffic=sent)
+        return replace(summarize(counts[:-3].view(shape), self.num_experts, list(self.free)), traffic=sent)
 
 
-def summarize(counts: Tensor, num_experts: int) -> RoutingSummary:
-    """Counts [layers, 2E + 2] to a summary; layers without tokens are dense and left out."""
-    rows, histogram = counts[:, :num_experts], counts[:, num_experts:-1]
+def summarize(counts: Tensor, num_experts: int, kinds: list[str]) -> RoutingSummary:
+    """Counts, as :class:`RoutingStats` has them, to a summary; layers without tokens are dense and left out."""
+    rows, histogram = counts[:, :num_experts], counts[:, num_experts : 2 * num_experts + 1]
+    free = counts[:, 2 * num_experts + 1 : -2]
     tokens = histogram.sum(dim=1)
     moe = [layer for layer in range(len(counts)) if tokens[layer] > 0]
     if not moe:
@@ -136,6 +160,10 @@ def summarize(counts: Tensor, num_experts: int) -> RoutingSummary:
         cut_rows=int(counts[:, -1].sum()),
         unrouted=sum(unrouted.values()) / len(moe),
         unrouted_by_layer=unrouted,
+        dropped=int(counts[:, -2].sum()),
+        free_by_layer={layer: dict(zip(kinds, (free[layer] / tokens[layer]).tolist(), strict=True)) for layer in moe}
+        if kinds
+        else {},
     )
 
 
@@ -148,7 +176,8 @@ class ModelShape:
         width: D. heads, head_width, query_groups: attention.
         dense_width: width of the dense feed-forward part. expert_width: F. experts: E.
         shared_width: width of the shared expert, 0 for none. vocabulary: padded size.
-        router_extra: parameters that a layer's router and mixer have beside the router's weight [E, D].
+        router_extra: parameters that a layer's router, mixer and zero-computation experts have beside the router's
+            weight [E, D].
         gated: SwiGLU (three matrices) or two. tied: output layer shares the embedding.
     """
 

@@ -49,6 +49,35 @@ def top_any_set(scores: list[float], thresholds: list[float], active: list[bool]
     return {max((e for e in range(len(scores)) if active[e]), key=lambda e: scores[e])}
 
 
+def tanh_logits(x_TD: Tensor, hidden_HD: Tensor, weight_CH: Tensor) -> Tensor:
+    """W_2 tanh(W_1 x), one token at a time."""
+    return torch.stack([weight_CH @ torch.tanh(hidden_HD @ x_D) for x_D in x_TD])
+
+
+def free_experts(x_TD: Tensor, weights_TZ: Tensor, select_C2D: Tensor, values_CD: Tensor, copies: int) -> Tensor:
+    """Zero-computation experts in a loop over tokens and experts: constants, copies, and zeros that add nothing."""
+    rows = []
+    for x_D, weights in zip(x_TD, weights_TZ, strict=True):
+        out_D = torch.zeros_like(x_D)
+        for c, v_D in enumerate(values_CD):
+            a = torch.softmax(select_C2D[c] @ x_D, dim=0)
+            out_D = out_D + weights[c] * (a[0] * x_D + a[1] * v_D)
+        for c in range(len(values_CD), len(values_CD) + copies):
+            out_D = out_D + weights[c] * x_D
+        rows.append(out_D)
+    return torch.stack(rows)
+
+
+def heterogeneous_balance(scores: list[list[float]], chosen: list[set[int]], free: int, tau: float) -> float:
+    """sum_i eta_i (fraction of tokens that chose i) (mean score of i); eta = tau for the last ``free`` experts."""
+    tokens, experts = len(scores), len(scores[0])
+    total = 0.0
+    for i in range(experts):
+        eta = tau if i >= experts - free else 1.0
+        total += eta * sum(i in choice for choice in chosen) / tokens * sum(row[i] for row in scores) / tokens
+    return total
+
+
 def adapt(active: list[bool], routed_to: list[set[int]], x_TD: Tensor) -> tuple[list[bool], Tensor | None]:
     """DynMoE's update after tokens ``x`` went to ``routed_to``: how many experts stay, and a new one's embedding."""
     kept = [is_active and any(e in chosen for chosen in routed_to) for e, is_active in enumerate(active)]

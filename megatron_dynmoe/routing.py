@@ -4,6 +4,7 @@ Shape legend, used as name suffixes everywhere:
     T tokens on this rank      D model width          F expert width        E FFN experts (all ranks)
     L experts on this rank     R ranks of the expert-parallel group         P ranks of the expert-tensor-parallel group
     N routed rows: one row is one (token, expert) pair
+    Z zero-computation experts, on every rank    C = E + Z columns of the router: FFN, then zero-computation experts
 
 Two small records.  :class:`Routing` says which experts each token visits, and with what weight.  :class:`RoutePlan`
 says what that means for memory and the network: how many rows go to whom, how many come back.  The plan holds plain
@@ -27,18 +28,28 @@ class Routing:
     """Which experts each token visits.
 
     Attributes:
-        weights_TE: float32; the weight of each chosen expert's output, 0 where not chosen.
-        map_TE: bool; True where the token visits the expert. Rows may have any number of True entries.
-        scores_TE: float32; the gate's scores over all experts, which the losses read.
-        logits_TE: float32; the gate's output before its nonlinearity.
-        cut: int64 scalar on the device; assignments that the rule chose and a bound took away.
+        weights_TE: float32; the weight of each chosen FFN expert's output, 0 where not chosen.
+        map_TE: bool; True where the token visits the FFN expert. Rows may have any number of True entries.
+        scores_TC: float32; the gate's scores over all experts, which the losses read.
+        logits_TC: float32; the gate's output before its nonlinearity, gating residual included.
+        cut: int64 scalar on the device; assignments to FFN experts that the rule chose and a bound took away.
+        free_weights_TZ, free_map_TZ: the same as the first two for zero-computation experts.
+        dropped: int64 scalar on the device; assignments, of all experts, that did not fit into a capacity.
     """
 
     weights_TE: Tensor
     map_TE: Tensor
-    scores_TE: Tensor
-    logits_TE: Tensor
+    scores_TC: Tensor
+    logits_TC: Tensor
     cut: Tensor
+    free_weights_TZ: Tensor
+    free_map_TZ: Tensor
+    dropped: Tensor
+
+    @property
+    def map_TC(self) -> Tensor:
+        """bool, all experts that a token chose."""
+        return torch.cat([self.map_TE, self.free_map_TZ], dim=-1)
 
 
 @dataclass(frozen=True)

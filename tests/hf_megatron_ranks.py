@@ -1,4 +1,4 @@
-"""Save tiny megatron models in three layouts, with their logits; run by torchrun on two ranks with a folder OUT.
+"""Save tiny megatron models in several layouts, with their logits; run by torchrun on two ranks with a folder OUT.
 
 For each case, OUT/CASE/iter_0000007 is a checkpoint as megatron.training saves it (the same keys and saved arguments)
 and OUT/CASE.pt holds tokens [2, 128], megatron's logits [2, 128, V] for them, and a greedy continuation of a prompt.
@@ -48,6 +48,15 @@ CASES = {
     "dynmoe-pp2": (
         "--pipeline-model-parallel-size 2 --moe-layer-freq [0,1,1,0] --moe-shared-expert-intermediate-size 20",
         DynMoEConfig(**DYNMOE, train_cosine_scale=True, max_experts_per_token=2),
+    ),
+    "mpp-ep2": (
+        "--expert-model-parallel-size 2 --moe-layer-freq [1,0,1,1] --moe-shared-expert-intermediate-size 20 "
+        "--untie-embeddings-and-output-weights",
+        DynMoEConfig.from_preset("moe-plus-plus", residual=True, logits_norm_std=2.0),
+    ),
+    "mpp-released-tp2": (
+        "--tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 2",
+        DynMoEConfig.from_preset("moe-plus-plus-released"),
     ),
 }
 

@@ -55,6 +55,7 @@ DISTRIBUTED_OPTIMIZER = {
     "pp2-distopt": (2, "--pipeline-model-parallel-size 2 --use-distributed-optimizer"),
     "tp2-ep2-distopt": (4, LAYOUTS["tp2-ep2"][1] + " --use-distributed-optimizer"),
     "dp2-distopt": (2, "--use-distributed-optimizer"),
+    "dp2-overlap": (2, "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"),
 }
 
 

@@ -25,11 +25,7 @@ PLAIN = ["--moe-added-expert-init", "fresh"]
 # The second relay: what the first has not.
 SHARDED = "--moe-added-expert-init copy --moe-max-added-experts 2 --moe-residual --moe-train-cosine-scale".split()
 SCALARS = ("lm loss", "grad-norm", "diversity_loss", "simplicity_loss", "efficiency_loss", "load_balancing_loss")
-LAYOUTS_HERE = (
-    LAYOUTS
-    | DISTRIBUTED_OPTIMIZER
-    | {"dp2-overlap": (2, "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather")}
-)
+LAYOUTS_HERE = LAYOUTS | DISTRIBUTED_OPTIMIZER
 PLAIN_LEGS = list(LAYOUTS)
 SHARDED_LEGS = ["serial-distopt", "ep2-distopt", "dp2-overlap", "pp2-distopt", "tp2-ep2-distopt", "dp2-distopt"]
 

@@ -26,7 +26,10 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("case", ["ep2", "tp2", "pp2-stock", "dynmoe-ep2", "dynmoe-pp2"])
+CASES = ["ep2", "tp2", "pp2-stock", "dynmoe-ep2", "dynmoe-pp2", "mpp-ep2", "mpp-released-tp2"]
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_logits_and_greedy_generation_equal_megatrons(saved: Path, tmp_path: Path, case: str) -> None:
     export(saved / case, tmp_path / "out", progress=False)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
@@ -68,3 +71,20 @@ def test_inactive_slots_are_left_out(saved: Path, tmp_path: Path, case: str) -> 
         fell_back += int((~passed_TE.any(dim=1)).sum())
         assert int(map_TE.sum(dim=1).max()) == (2 if case == "dynmoe-pp2" else 3)
     assert fell_back > 0
+
+
+@pytest.mark.parametrize(("case", "sparse"), [("mpp-ep2", [1, 0, 1, 1]), ("mpp-released-tp2", [1, 1, 1, 1])])
+def test_every_kind_of_expert_is_compared(saved: Path, tmp_path: Path, case: str, sparse: list[int]) -> None:
+    """Else the comparison above would say nothing of the kind that no token chose."""
+    export(saved / case, tmp_path / "out", progress=False)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
+    tokens = torch.load(saved / f"{case}.pt")["tokens"]
+    outputs = model(tokens, output_routing_map=True, output_free_routing_map=True)
+    assert len(outputs.routing_map) == len(outputs.free_routing_map) == sum(sparse)
+    layers = [layer for layer, moe in zip(model.model.layers, sparse, strict=True) if moe]
+    for layer, map_TE, free_TZ in zip(layers, outputs.routing_map, outputs.free_routing_map, strict=True):
+        assert map_TE.shape == free_TZ.shape == (256, 4)  # 4 feed-forward; 2 constant, 1 copy, 1 zero
+        assert (map_TE.sum(dim=1) + free_TZ.sum(dim=1) == 2).all()
+        assert map_TE.any(dim=0).all() and free_TZ.any(dim=0).all()
+        assert hasattr(layer.mlp.router, "gate_map") == (layer is not layers[0])
+    assert any((map_TE.sum(dim=1) == 0).any() for map_TE in outputs.routing_map), "some token computes nothing"

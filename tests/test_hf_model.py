@@ -118,7 +118,7 @@ def test_mixture_is_the_dense_sum() -> None:
     torch.nn.init.normal_(layer.router.weight, std=0.2)
     layer.router.weight.data[5] = layer.router.weight.data[4]  # two experts that tie for every token
     x = torch.randn(3, 7, 32)
-    _, weights_TE, map_TE = layer.router(x.reshape(-1, 32))
+    _, weights_TE, map_TE, *_ = layer.router(x.reshape(-1, 32))
     dense = torch.stack([expert(x) for expert in layer.experts], dim=-1) @ weights_TE.view(3, 7, 6, 1)
     want = dense.squeeze(-1) + layer.shared_expert(x) * layer.shared_expert_gate(x).sigmoid()
     assert len(map_TE.sum(-1).unique()) > 1, "the case needs tokens with different numbers of experts"

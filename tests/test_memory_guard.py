@@ -29,14 +29,14 @@ def test_rows_stay_within_the_bound_and_no_token_loses_its_best():
         assert int(capped.map_TE.sum()) == min(bound, int(free.map_TE.sum()))
         assert int(capped.cut) == int(free.map_TE.sum()) - int(capped.map_TE.sum())
         assert not (capped.map_TE & ~free.map_TE).any()
-        assert capped.map_TE.gather(1, free.scores_TE.argmax(dim=1, keepdim=True)).all()
-        kept = free.scores_TE[capped.map_TE & ~best(free)]
-        lost = free.scores_TE[free.map_TE & ~capped.map_TE]
+        assert capped.map_TE.gather(1, free.scores_TC.argmax(dim=1, keepdim=True)).all()
+        kept = free.scores_TC[capped.map_TE & ~best(free)]
+        lost = free.scores_TC[free.map_TE & ~capped.map_TE]
         assert kept.numel() == 0 or lost.max() <= kept.min()
 
 
 def best(routing):
-    return torch.zeros_like(routing.map_TE).scatter(1, routing.scores_TE.argmax(dim=1, keepdim=True), True)
+    return torch.zeros_like(routing.map_TE).scatter(1, routing.scores_TC.argmax(dim=1, keepdim=True), True)
 
 
 def test_evaluation_is_not_bounded():

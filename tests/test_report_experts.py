@@ -80,6 +80,20 @@ def test_table(adaptive):
     )
 
 
+def test_free_experts_have_a_panel(tmp_path):
+    records = [dict(fields) for fields in PLAIN]
+    records[0]["free_tokens_by_layer"] = {"0": {"constant": 0.25, "zero": 0.5}, "1": {"constant": 0.75, "zero": 0.0}}
+    records[1]["free_tokens_by_layer"] = {"0": {"constant": 0.5, "zero": 0.5}, "1": {"constant": 0.5, "zero": 0.25}}
+    run = read_run([write(tmp_path / "free.jsonl", records)])
+    assert run.free_kinds == ["constant", "zero"]
+    experts, free = experts_figure(run).axes[:2]
+    assert experts.get_ylabel() == "FFN experts per token"
+    lines = lines_of(free)
+    assert lines["constant"] == [(1, 0.5), (2, 0.5)]
+    assert lines["zero"] == [(1, 0.25), (2, 0.375)]
+    assert len(free.lines) == 6  # two kinds: two layers and the mean
+
+
 def test_a_resumed_run_replaces_what_it_goes_back_over(adaptive, tmp_path):
     """The records of 4 and 6 are of weights that were thrown away, and so are their changes; once in one file too."""
     again = record(4, {"0": 1.1, "2": 2.1}, active={"0": 6, "2": 4}, changes=[(4, 0, [], [3, 5], 6, 8)])

@@ -77,14 +77,14 @@ def test_cap_never_takes_the_best_expert():
     free = route(x, weight, DynMoEConfig(top_p=0.9))
     capped = route(x, weight, DynMoEConfig(top_p=0.9, max_experts_per_token=1))
     assert (capped.map_TE.sum(dim=1) == 1).all()
-    assert torch.equal(capped.map_TE.int().argmax(dim=1), free.scores_TE.argmax(dim=1))
+    assert torch.equal(capped.map_TE.int().argmax(dim=1), free.scores_TC.argmax(dim=1))
 
 
 def test_weights_are_raw_probabilities_or_normalised():
     routing = route(torch.randn(50, 8), torch.randn(6, 8), DynMoEConfig(top_p=0.5))
-    assert torch.equal(routing.weights_TE[routing.map_TE], routing.scores_TE[routing.map_TE])
+    assert torch.equal(routing.weights_TE[routing.map_TE], routing.scores_TC[routing.map_TE])
     assert (routing.weights_TE[~routing.map_TE] == 0).all()
-    normalised = finish_weights(routing.scores_TE, routing.map_TE, normalize=True)
+    normalised = finish_weights(routing.scores_TC, routing.map_TE, normalize=True)
     # a sum of at most 6 float32 quotients is off by at most 6 units in the last place
     assert (normalised.sum(dim=1) - 1).abs().max() < 6 * torch.finfo(torch.float32).eps
 
@@ -93,10 +93,10 @@ def test_weights_are_raw_probabilities_or_normalised():
 def test_scores_are_float32_whatever_the_model(dtype):
     x, weight = torch.randn(40, 16).to(dtype), torch.randn(6, 16).to(dtype)
     routing = route(x, weight, DynMoEConfig())
-    assert routing.scores_TE.dtype == routing.weights_TE.dtype == routing.logits_TE.dtype == torch.float32
+    assert routing.scores_TC.dtype == routing.weights_TE.dtype == routing.logits_TC.dtype == torch.float32
     expected = reference.softmax_scores(x.float(), weight.float())
     # both are float32 dot products of 16 terms followed by softmax, in different order
-    assert (routing.scores_TE - expected).abs().max() < 16 * torch.finfo(torch.float32).eps
+    assert (routing.scores_TC - expected).abs().max() < 16 * torch.finfo(torch.float32).eps
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_registry_refuses_duplicates_and_extends_what_the_config_accepts():
     try:
         register_rule("threshold")(lambda scores_TE, config: scores_TE > 0.2)
         routing = route(torch.randn(30, 8), torch.randn(4, 8), DynMoEConfig(rule="threshold"))
-        assert torch.equal(routing.map_TE, routing.scores_TE > 0.2)
+        assert torch.equal(routing.map_TE, routing.scores_TC > 0.2)
     finally:
         RULES.pop("threshold")
         NAMES["rule"].remove("threshold")

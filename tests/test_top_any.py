@@ -36,7 +36,7 @@ def test_by_hand():
     # a cosine of exactly 0 does not pass a threshold of 0; 0.0995 passes it
     assert routing.map_TE.tolist() == [[True, False], [False, False], [True, True], [True, True]]
     assert routing.weights_TE.tolist() == [[1, 0], [0, 0], [0.5, 0.5], [0.5, 0.5]]
-    assert routing.scores_TE[0].tolist() == pytest.approx([1 / (1 + math.exp(-2)), 0.5], rel=1e-6)
+    assert routing.scores_TC[0].tolist() == pytest.approx([1 / (1 + math.exp(-2)), 0.5], rel=1e-6)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -51,7 +51,7 @@ def test_against_the_reference(training):
     assert [set(row.nonzero().flatten().tolist()) for row in routing.map_TE] == chosen
     assert any(not c for c in chosen) == training
     # both are the same float64 formula, summed in another order over 12 terms
-    assert (routing.scores_TE - scores).abs().max() < 12 * torch.finfo(torch.float64).eps
+    assert (routing.scores_TC - scores).abs().max() < 12 * torch.finfo(torch.float64).eps
     expected = torch.tensor([[1 / len(c) if e in c else 0.0 for e in range(6)] for c in chosen], dtype=torch.float64)
     assert torch.equal(routing.weights_TE, expected)
 
@@ -100,7 +100,7 @@ def test_a_trained_scale_gets_the_gradient_of_both_sides():
     (expected,) = torch.autograd.grad(margins(log_scale), log_scale)
     assert torch.allclose(got, expected, rtol=1e-11, atol=0)  # the same sum of 54 terms in another order
     at_most = route(x, weight, config, parameters=parameters | {"logit_scale": torch.tensor([9.0])})
-    assert at_most.logits_TE.abs().max() <= 100 * (1 + 1e-6)  # the scale is held at 100, also from exp(9) = 8103
+    assert at_most.logits_TC.abs().max() <= 100 * (1 + 1e-6)  # the scale is held at 100, also from exp(9) = 8103
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
@@ -123,7 +123,7 @@ def test_one_token_no_token_and_caps():
     everybody = {"thresholds": torch.full((6,), -2.0, dtype=torch.float64)}
     capped = DynMoEConfig(gate="cosine", rule="top-any", max_experts_per_token=2)
     routing = route(x, weight, capped, parameters=everybody)
-    assert set(routing.map_TE[0].nonzero().flatten().tolist()) == set(routing.scores_TE[0].topk(2).indices.tolist())
+    assert set(routing.map_TE[0].nonzero().flatten().tolist()) == set(routing.scores_TC[0].topk(2).indices.tolist())
     assert routing.weights_TE.sum() == 1 and int(routing.cut) == 4
     nobody = {"thresholds": torch.full((6,), 2.0, dtype=torch.float64)}
     guarded = DynMoEConfig(gate="cosine", rule="top-any", max_rows=1)
@@ -135,8 +135,8 @@ def test_bfloat16_tokens_are_scored_in_float32():
     low = x.bfloat16().requires_grad_()
     routing = route(low, weight, CONFIG, parameters=parameters)
     wide = route(low.detach().float(), weight, CONFIG, parameters=parameters)
-    assert routing.scores_TE.dtype == routing.weights_TE.dtype == torch.float32
-    assert torch.equal(routing.scores_TE, wide.scores_TE)
+    assert routing.scores_TC.dtype == routing.weights_TE.dtype == torch.float32
+    assert torch.equal(routing.scores_TC, wide.scores_TC)
     routing.weights_TE.square().sum().backward()
     assert low.grad.dtype == torch.bfloat16
 

@@ -57,6 +57,7 @@ ROUTING: dict[str, dict[str, Any]] = {
         "moe-update-period": 15,
         "moe-max-rows-per-token": 4,
     },
+    "moe-plus-plus": {"num-experts": 8, "moe-preset": "moe-plus-plus", "moe-tau": 0.5},
 }
 
 TRAINING: dict[str, Any] = {

@@ -1,5 +1,6 @@
-"""Who computes the rows: grouped GEMMs over ragged groups."""
+"""Who computes the rows: grouped GEMMs over ragged groups; and experts that need no row."""
 
 from megatron_dynmoe.experts.grouped import grouped_mlp
+from megatron_dynmoe.experts.zero_computation import zero_computation
 
-__all__ = ["grouped_mlp"]
+__all__ = ["grouped_mlp", "zero_computation"]

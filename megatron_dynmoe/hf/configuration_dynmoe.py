@@ -1,7 +1,7 @@
 """Configuration of the Hugging Face DynMoE model.
 
-This file, `router_dynmoe.py` and `modeling_dynmoe.py` are copied beside exported weights and loaded from there with
-`trust_remote_code`, so they import nothing but torch and transformers (5.x).
+This file, `router_dynmoe.py`, `free_experts_dynmoe.py` and `modeling_dynmoe.py` are copied beside exported weights and
+loaded from there with `trust_remote_code`, so they import nothing but torch and transformers (5.x).
 """
 
 # ruff: noqa: RUF012  (transformers reads these class attributes as they are)
@@ -9,7 +9,7 @@ This file, `router_dynmoe.py` and `modeling_dynmoe.py` are copied beside exporte
 from transformers.models.llama.configuration_llama import LlamaConfig
 
 ROUTER_RULES = ("top-p", "top-k", "top-any")
-ROUTER_GATES = ("softmax", "cosine")
+ROUTER_GATES = ("softmax", "tanh", "cosine")
 
 
 class DynMoEHFConfig(LlamaConfig):
@@ -23,8 +23,15 @@ class DynMoEHFConfig(LlamaConfig):
     - `router_rule`: "top-p" keeps the most probable experts while the probability *before* an expert is at most
       `top_p_threshold` (in [0, 1]; 0 keeps one expert, 1 keeps all); "top-k" keeps `num_experts_per_tok`; "top-any"
       keeps all whose score exceeds their own learned threshold, or the best one, each with weight 1/k.
-    - `router_gate`: "softmax" of linear logits, or "cosine": the sigmoid of `cosine_scale` times the cosine with each
-      expert's embedding, where `trained_cosine_scale` says that the scale is a weight of each router.
+    - `router_gate`: "softmax" of linear logits, or of those of two layers with "tanh" between; or "cosine": the sigmoid
+      of `cosine_scale` times the cosine with each expert's embedding, where `trained_cosine_scale` says that the scale
+      is a weight of each router.
+    - `constant_experts`, `copy_experts`, `zero_experts`: zero-computation experts of each mixture (MoE++) that stand
+      beside its `num_experts` feed-forward ones; rule and cap choose among all of them.
+    - `gating_residual`: whether a learned map of the previous mixture's logits is added to a router's logits, and
+      `logits_norm_std`: the standard deviation that a token's logits are brought to before scoring (None: as they are).
+    - `drop_zero_weight`: zero experts get no weight, and the weights of a token's other experts sum to one.
+    - `expert_input_scale`: factor on the input of all these experts, not on that of the router or a shared expert.
     - `experts_by_layer`: experts of each layer where they differ (None: `num_experts` everywhere), and `expert_slots`:
       for each of them the slot it had in training, where the number of experts adapted.
     - `max_experts_per_token`: keeps at most that many of the chosen, the most probable ones (None: no cap).
@@ -60,6 +67,13 @@ class DynMoEHFConfig(LlamaConfig):
     shared_expert_intermediate_size: int = 0
     shared_expert_gate: bool = False
     residual_mixture: bool = False
+    zero_experts: int = 0
+    copy_experts: int = 0
+    constant_experts: int = 0
+    gating_residual: bool = False
+    logits_norm_std: float | None = None
+    drop_zero_weight: bool = False
+    expert_input_scale: float = 1.0
 
     def __post_init__(self, **kwargs):
         if self.moe_layers is None:
@@ -106,10 +120,33 @@ class DynMoEHFConfig(LlamaConfig):
                 self.max_experts_per_token is None or self.max_experts_per_token >= 1,
                 "None or at least 1",
             ),
+            *self._zero_computation_checks(),
         ]
         for field, valid, accepted in checks:
             if not valid:
                 raise ValueError(f"{field} is {getattr(self, field)!r}; it must be {accepted}.")
+
+    @property
+    def zero_computation_experts(self):
+        """Columns of a router beside those of the feed-forward experts: constant, copy, zero."""
+        return self.constant_experts + self.copy_experts + self.zero_experts
+
+    def _zero_computation_checks(self):
+        """(field, whether it is valid, what would be) of what MoE++ adds."""
+        counts = [
+            (name, getattr(self, name) >= 0, "at least 0")
+            for name in ("zero_experts", "copy_experts", "constant_experts")
+        ]
+        std, dropped = self.logits_norm_std, self.drop_zero_weight
+        weighted = self.zero_experts > 0 and self.router_gate != "cosine"
+        alike = self.experts_by_layer is None
+        return [
+            *counts,
+            ("logits_norm_std", std is None or std > 0, "None or above 0"),
+            ("drop_zero_weight", weighted or not dropped, "False without zero experts, or with gate 'cosine'"),
+            ("expert_input_scale", self.expert_input_scale > 0, "above 0"),
+            ("gating_residual", alike or not self.gating_residual, "False where experts_by_layer is set"),
+        ]
 
 
 __all__ = ["DynMoEHFConfig"]

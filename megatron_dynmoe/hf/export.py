@@ -26,7 +26,7 @@ from .slots import slot_fields
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _HERE = Path(__file__).parent
-_CODE = ("configuration_dynmoe.py", "router_dynmoe.py", "modeling_dynmoe.py")
+_CODE = ("configuration_dynmoe.py", "router_dynmoe.py", "free_experts_dynmoe.py", "modeling_dynmoe.py")
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,9 @@ def plan(checkpoint: DistCheckpoint, fields: dict[str, Any], vocab_size: int) ->
     pieces.append(keys.piece("decoder.final_layernorm.weight", (width,), _name("model.norm.weight")))
     if not fields["tie_word_embeddings"]:
         pieces.append(keys.piece("output_layer.weight", vocabulary, rows("lm_head.weight")))
+    if fields.get("gating_residual") and any(fields["moe_layers"]):
+        # A checkpoint may hold one for the first mixture too, which has no logits before it to map.
+        keys.unused.add(f"decoder.layers.{fields['moe_layers'].index(1)}.mlp.router.gate_map")
     keys.check_all_used(pieces)
     return pieces
 
@@ -69,14 +72,13 @@ def _layer(keys: "_Keys", layer: int, fields: dict[str, Any]) -> Iterator[Piece]
     experts, shared = (fields["num_experts"],), fields["shared_expert_intermediate_size"]
     slots = fields["expert_slots"][layer] if fields.get("expert_slots") else None
     kept = partial(_kept, slots=slots)
-    yield get(["mlp.router.weight"], (*experts, width), kept(f"{hf}.mlp.router.weight"))
-    if fields["router_rule"] == "top-any":
-        yield get(["mlp.router.thresholds"], experts, kept(f"{hf}.mlp.router.thresholds"))
-    if fields.get("trained_cosine_scale"):
-        yield get(["mlp.router.logit_scale"], (1,), _name(f"{hf}.mlp.router.logit_scale"))
+    yield from _router(get, f"{hf}.mlp.router", fields, kept, first=not any(fields["moe_layers"][:layer]))
     ffn = fields["moe_intermediate_size"]
     for piece in _mlp(get, "mlp.experts.experts", f"{hf}.mlp.experts", experts, width, ffn):
         yield replace(piece, convert=partial(_kept_experts, slots=slots, convert=piece.convert))
+    if constants := fields.get("constant_experts", 0):
+        for name, shape in {"select": (constants, 2, width), "values": (constants, width)}.items():
+            yield get([f"mlp.free_experts.{name}"], shape, _name(f"{hf}.mlp.free_experts.{name}"))
     if fields.get("residual_mixture"):
         yield get(["mlp.mixer.weight"], (2, width), _name(f"{hf}.mlp.mixer.weight"))
         yield get(["mlp.mixer.bias"], (2,), _name(f"{hf}.mlp.mixer.bias"))
@@ -84,6 +86,22 @@ def _layer(keys: "_Keys", layer: int, fields: dict[str, Any]) -> Iterator[Piece]
         yield from _mlp(get, "mlp.shared_experts", f"{hf}.mlp.shared_expert", (), width, shared)
         if fields["shared_expert_gate"]:
             yield get(["mlp.shared_experts.gate_weight"], (1, width), _name(f"{hf}.mlp.shared_expert_gate.weight"))
+
+
+def _router(get, hf: str, fields: dict[str, Any], kept: Callable, *, first: bool) -> Iterator[Piece]:
+    """What gate and rule learned; `first` is the first mixture, which has no logits before it to map."""
+    kinds = ("num_experts", "constant_experts", "copy_experts", "zero_experts")
+    columns, width = sum(fields.get(kind, 0) for kind in kinds), fields["hidden_size"]
+    hidden = 8 * columns if fields.get("router_gate") == "tanh" else None
+    yield get(["mlp.router.weight"], (columns, hidden or width), kept(f"{hf}.weight"))
+    if hidden:
+        yield get(["mlp.router.hidden_weight"], (hidden, width), _name(f"{hf}.hidden_weight"))
+    if fields.get("gating_residual") and not first:
+        yield get(["mlp.router.gate_map"], (columns, columns), _name(f"{hf}.gate_map"))
+    if fields["router_rule"] == "top-any":
+        yield get(["mlp.router.thresholds"], (columns,), kept(f"{hf}.thresholds"))
+    if fields.get("trained_cosine_scale"):
+        yield get(["mlp.router.logit_scale"], (1,), _name(f"{hf}.logit_scale"))
 
 
 def _mlp(get, megatron: str, hf: str, experts: tuple[int, ...], width: int, ffn: int) -> Iterator[Piece]:
@@ -97,6 +115,7 @@ class _Keys:
 
     def __init__(self, checkpoint: DistCheckpoint):
         self.path, self.shapes, self.layers = checkpoint.path, checkpoint.shapes, checkpoint.args.num_layers
+        self.unused: set[str] = set()
 
     def piece(self, key: str, shape: tuple[int | None, ...], convert: Callable) -> Piece:
         return self._checked(key, (), self.shapes.get(key), shape, convert)
@@ -126,7 +145,7 @@ class _Keys:
 
     def check_all_used(self, pieces: list[Piece]) -> None:
         """A weight that no piece reads belongs to a feature that the exported model lacks."""
-        used = {piece.key for piece in pieces}
+        used = {piece.key for piece in pieces} | self.unused
         model = [key for key in self.shapes if key.split(".")[0] in ("embedding", "decoder", "output_layer", "mtp")]
         used |= {key for key in model if key.rpartition(".")[2] in ROUTER_RECORDS}
         if left := sorted(set(model) - used):

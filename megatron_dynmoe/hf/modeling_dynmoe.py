@@ -1,8 +1,8 @@
 """Hugging Face model of a LLaMA decoder with a variable number of experts per token.
 
 Attention, rotary embedding, norms, masks and caches are those of transformers' own LLaMA; this file adds the experts,
-`router_dynmoe.py` the router. Shape letters: `T` tokens of the batch, `D` hidden size, `E` experts, `N` routed (token,
-expert) pairs.
+`free_experts_dynmoe.py` those of them that compute next to nothing, `router_dynmoe.py` the router. Shape letters: `T`
+tokens of the batch, `D` hidden size, `E` experts, `N` routed (token, expert) pairs, `Z` zero-computation experts.
 """
 
 # ruff: noqa: RUF012  (transformers reads these class attributes as they are)
@@ -27,7 +27,8 @@ from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder
 
 from .configuration_dynmoe import DynMoEHFConfig
-from .router_dynmoe import DynMoERouter, select_experts  # noqa: F401  (the rule is part of this module's interface)
+from .free_experts_dynmoe import DynMoEFreeExperts
+from .router_dynmoe import CarriedLogits, DynMoERouter, select_experts  # noqa: F401  (the rule: for callers)
 
 
 class DynMoEMLP(nn.Module):
@@ -46,15 +47,19 @@ class DynMoEMLP(nn.Module):
 class DynMoESparseMLP(nn.Module):
     """Mixture of experts: sum over the chosen experts of weight times expert output, plus the shared expert.
 
-    With `residual_mixture` the two parts are not added but mixed, by a softmax over two numbers that are linear in the
+    Chosen experts are feed-forward or, where the configuration has them, zero-computation ones (`free_experts`). With
+    `residual_mixture` the two parts are not added but mixed, by a softmax over two numbers that are linear in the
     token. Hidden states of any leading shape [..., D] come out in the same shape and dtype; the sum is accumulated in
     float32.
     """
 
-    def __init__(self, config, experts=None):
+    def __init__(self, config, experts=None, layer_idx=0):
         super().__init__()
         experts = config.num_experts if experts is None else experts
-        self.router = DynMoERouter(config, experts)
+        self.layer_idx = layer_idx
+        self.input_scale = config.expert_input_scale
+        self.router = DynMoERouter(config, experts, first=not any(config.moe_layers[:layer_idx]))
+        self.free_experts = DynMoEFreeExperts(config) if config.zero_computation_experts else None
         self.experts = nn.ModuleList(DynMoEMLP(config, config.moe_intermediate_size) for _ in range(experts))
         width = config.shared_expert_intermediate_size
         gated = width and config.shared_expert_gate
@@ -62,10 +67,17 @@ class DynMoESparseMLP(nn.Module):
         self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False) if gated else None
         self.mixer = nn.Linear(config.hidden_size, 2) if config.residual_mixture else None
 
-    def forward(self, hidden_states):
+    def forward(self, hidden_states, carried=None):
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
-        _, weights_TE, map_TE = self.router(x_TD)
-        out_TD = self.routed(x_TD, weights_TE, map_TE).to(x_TD.dtype)
+        previous_TC = carried.before(self.layer_idx) if carried is not None else None
+        logits_TC, weights_TE, map_TE, free_weights_TZ, _ = self.router(x_TD, previous_TC)
+        if carried is not None:
+            carried.by_layer[self.layer_idx] = logits_TC
+        scaled_TD = x_TD if self.input_scale == 1 else x_TD * self.input_scale
+        out_TD = self.routed(scaled_TD, weights_TE, map_TE)
+        if self.free_experts is not None:
+            out_TD = out_TD + self.free_experts(scaled_TD, free_weights_TZ)
+        out_TD = out_TD.to(x_TD.dtype)
         if self.shared_expert is not None:
             shared_TD = self.shared_expert(x_TD)
             if self.shared_expert_gate is not None:
@@ -94,7 +106,7 @@ class DynMoESparseMLP(nn.Module):
 
 
 class DynMoEDecoderLayer(LlamaDecoderLayer):
-    """LLaMA's layer (its forward is inherited) with a mixture of experts where `config.moe_layers` says so."""
+    """LLaMA's layer with a mixture of experts where `config.moe_layers` says so."""
 
     def __init__(self, config, layer_idx):
         nn.Module.__init__(self)  # LLaMA's constructor would build a dense network for every layer
@@ -103,11 +115,19 @@ class DynMoEDecoderLayer(LlamaDecoderLayer):
         sparse = config.moe_layers[layer_idx]
         if sparse:
             experts = config.experts_by_layer[layer_idx] if config.experts_by_layer else config.num_experts
-            self.mlp = DynMoESparseMLP(config, experts)
+            self.mlp = DynMoESparseMLP(config, experts, layer_idx)
         else:
             self.mlp = DynMoEMLP(config, config.intermediate_size)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, hidden_states, carried=None, **kwargs):
+        """LLaMA's forward, inherited but where a mixture must be handed the `CarriedLogits`."""
+        if carried is None or not isinstance(self.mlp, DynMoESparseMLP):
+            return super().forward(hidden_states, **kwargs)
+        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states), carried)
 
 
 class DynMoEPreTrainedModel(LlamaPreTrainedModel):
@@ -123,24 +143,28 @@ class DynMoEPreTrainedModel(LlamaPreTrainedModel):
         "attentions": LlamaAttention,
         "router_logits": OutputRecorder(DynMoERouter, index=0),
         "routing_map": OutputRecorder(DynMoERouter, index=2),
+        "free_routing_map": OutputRecorder(DynMoERouter, index=4),
     }
 
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        if not isinstance(module, DynMoERouter):
+        if not isinstance(module, (DynMoERouter, DynMoEFreeExperts)):
             return
-        fresh = {name: p for name, p in module.named_parameters() if not getattr(p, "_is_hf_initialized", False)}
-        if "weight" in fresh:
-            nn.init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
-        if "thresholds" in fresh:
-            nn.init.zeros_(module.thresholds)
-        if "logit_scale" in fresh:
-            nn.init.constant_(module.logit_scale, math.log(self.config.cosine_scale))
+        for name, parameter in module.named_parameters():
+            if getattr(parameter, "_is_hf_initialized", False):
+                continue
+            if name == "thresholds":
+                nn.init.zeros_(parameter)
+            elif name == "logit_scale":
+                nn.init.constant_(parameter, math.log(self.config.cosine_scale))
+            else:
+                # A constant expert's vector is drawn from N(0, 1), as in the public code of MoE++.
+                nn.init.normal_(parameter, std=1.0 if name == "values" else self.config.initializer_range)
 
 
 class DynMoEModel(DynMoEPreTrainedModel, LlamaModel):
-    """The decoder without the language-model head; forward, cache and masks are LLaMA's."""
+    """The decoder without the language-model head; cache and masks are LLaMA's."""
 
     def __init__(self, config):
         LlamaPreTrainedModel.__init__(self, config)
@@ -153,16 +177,25 @@ class DynMoEModel(DynMoEPreTrainedModel, LlamaModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    def forward(self, *args, **kwargs):
+        """LLaMA's forward; with a gating residual its layers get something to carry the routers' logits in."""
+        if self.config.gating_residual:
+            kwargs["carried"] = CarriedLogits()
+        return super().forward(*args, **kwargs)
+
 
 @dataclass
 class DynMoECausalLMOutputWithPast(CausalLMOutputWithPast):
-    """Adds, for each mixture layer and on request: `router_logits` [T, E] float32 and `routing_map` [T, E] bool.
+    """Adds what routers did, on request and for each mixture layer.
 
-    A row of the map summed is a token's number of experts; a column summed is an expert's number of tokens.
+    `router_logits` [T, C] float32, of all experts; `routing_map` [T, E] bool, of the feed-forward ones: a row summed is
+    a token's number of them, a column summed an expert's number of tokens; `free_routing_map` [T, Z] bool, of the
+    zero-computation ones in the order constant, copy, zero.
     """
 
     router_logits: tuple | None = None
     routing_map: tuple | None = None
+    free_routing_map: tuple | None = None
 
 
 class DynMoEForCausalLM(DynMoEPreTrainedModel, LlamaForCausalLM):
@@ -192,8 +225,9 @@ class DynMoEForCausalLM(DynMoEPreTrainedModel, LlamaForCausalLM):
     ):
         """Logits [B, S, V], and the loss of `labels` [B, S] (next token, -100 ignored).
 
-        `output_router_logits=True` and `output_routing_map=True` return what `DynMoECausalLMOutputWithPast` names;
-        `logits_to_keep` as in LLaMA: the number of last positions to compute logits for (0: all), or their indices.
+        `output_router_logits=True`, `output_routing_map=True` and `output_free_routing_map=True` return what
+        `DynMoECausalLMOutputWithPast` names; `logits_to_keep` as in LLaMA: the number of last positions to compute
+        logits for (0: all), or their indices.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -217,6 +251,7 @@ class DynMoEForCausalLM(DynMoEPreTrainedModel, LlamaForCausalLM):
             attentions=outputs.attentions,
             router_logits=outputs.get("router_logits"),
             routing_map=outputs.get("routing_map"),
+            free_routing_map=outputs.get("free_routing_map"),
         )
 
 

@@ -32,7 +32,7 @@ _EXPRESSIBLE: dict[str, tuple[Any, ...]] = {
     "no_rope_freq": (None,),
     "mtp_num_layers": (None, 0),
     "use_mup": (False,),
-    "moe_gate": ("softmax", "cosine"),
+    "moe_gate": ("softmax", "tanh", "cosine"),
     "moe_rule": ("top-p", "top-k", "top-any"),
     "moe_router_score_function": ("softmax",),
     "moe_router_enable_expert_bias": (False,),
@@ -99,13 +99,29 @@ def _moe_fields(args: Namespace) -> dict[str, Any]:
         return fields | {"router_rule": "top-k", "normalize_router_weights": not args.moe_router_pre_softmax}
     if args.moe_rule == "top-p" and args.moe_top_p is None:
         raise ExportError("the checkpoint's saved arguments say moe_rule = 'top-p' but no moe_top_p.")
-    return fields | {
-        "router_gate": getattr(args, "moe_gate", "softmax"),
-        "cosine_scale": float(getattr(args, "moe_cosine_scale", 1.0)),
-        "trained_cosine_scale": bool(getattr(args, "moe_train_cosine_scale", False)),
-        "residual_mixture": bool(getattr(args, "moe_residual", False)),
-        "router_rule": args.moe_rule,
-        "top_p_threshold": float(args.moe_top_p or 0.0),
-        "max_experts_per_token": args.moe_max_experts_per_token,
-        "normalize_router_weights": bool(args.moe_normalize_weights),
+    return (
+        fields
+        | {
+            "router_gate": getattr(args, "moe_gate", "softmax"),
+            "cosine_scale": float(getattr(args, "moe_cosine_scale", 1.0)),
+            "trained_cosine_scale": bool(getattr(args, "moe_train_cosine_scale", False)),
+            "residual_mixture": bool(getattr(args, "moe_residual", False)),
+            "router_rule": args.moe_rule,
+            "top_p_threshold": float(args.moe_top_p or 0.0),
+            "max_experts_per_token": args.moe_max_experts_per_token,
+            "normalize_router_weights": bool(args.moe_normalize_weights),
+        }
+        | _zero_computation_fields(args)
+    )
+
+
+def _zero_computation_fields(args: Namespace) -> dict[str, Any]:
+    """What MoE++ adds; tau and capacities are for training alone. Older checkpoints have none of these arguments."""
+    std = getattr(args, "moe_logits_norm_std", None)
+    kinds = ("zero_experts", "copy_experts", "constant_experts")
+    return {name: int(getattr(args, f"moe_{name}", 0)) for name in kinds} | {
+        "gating_residual": bool(getattr(args, "moe_gating_residual", False)),
+        "logits_norm_std": None if std is None else float(std),
+        "drop_zero_weight": bool(getattr(args, "moe_drop_zero_weight", False)),
+        "expert_input_scale": float(getattr(args, "moe_expert_input_scale", 1.0)),
     }

@@ -42,11 +42,15 @@ def check_config(config: TransformerConfig, dynmoe: DynMoEConfig) -> None:
             f"experts are divided evenly over the {ranks} ranks of --expert-model-parallel-size",
             f"use a multiple of {ranks}",
         )
-    if dynmoe.rule == "top-k" and dynmoe.topk > experts:
-        _refuse("moe_router_topk", dynmoe.topk, f"there are {experts} experts", f"use 1 to {experts}")
+    columns = experts + dynmoe.zero_computation_experts
+    if dynmoe.rule == "top-k" and dynmoe.topk > columns:
+        _refuse("moe_router_topk", dynmoe.topk, f"there are {columns} experts", f"use 1 to {columns}")
     if dynmoe.initial_experts is not None and dynmoe.initial_experts > experts:
         _refuse("moe_initial_experts", dynmoe.initial_experts, f"there are {experts} slots", f"use 1 to {experts}")
     _check_residual(config, dynmoe)
+    _check_local(config, dynmoe)
+    if dynmoe.gating_residual:
+        _check_carry(config)
     _check_shared_fields(config, dynmoe)
     for name, (accepted, reason) in _CHOOSES_EXPERTS.items():
         value = getattr(config, name)
@@ -69,6 +73,31 @@ def _check_residual(config: TransformerConfig, dynmoe: DynMoEConfig) -> None:
     if config.moe_shared_expert_overlap:
         reason = "the overlapped shared expert is added to the routed ones before they can be mixed"
         _refuse("moe_shared_expert_overlap", True, reason, "leave it off with --moe-residual")
+
+
+def _check_local(config: TransformerConfig, dynmoe: DynMoEConfig) -> None:
+    local = {"moe_residual": dynmoe.residual, "moe_zero_experts": bool(dynmoe.zero_computation_experts)}
+    local |= {"moe_gating_residual": dynmoe.gating_residual}
+    if config.overlap_moe_expert_parallel_comm:
+        for name, wanted in local.items():
+            if wanted:
+                reason = "a layer that computes two micro-batches at once would mix up what it keeps between its parts"
+                _refuse(name, True, reason, "leave --overlap-moe-expert-parallel-comm off")
+
+
+def _check_carry(config: TransformerConfig) -> None:
+    """What logits beside the hidden states pass through must ask for shapes, or leave them as they are."""
+    if config.pipeline_model_parallel_size > 1 and not config.variable_seq_lengths:
+        reason = "stages would assume hidden states without the logits beside them"
+        _refuse("moe_gating_residual", True, reason, "set variable_seq_lengths in the TransformerConfig")
+    if config.mtp_num_layers:
+        reason = "multi-token prediction layers come after the last layer, which strips the logits"
+        _refuse("moe_gating_residual", True, reason, "drop one of the two")
+    if config.cuda_graph_impl != "none":
+        _refuse("moe_gating_residual", True, "CUDA graphs assume hidden states alone", "set --cuda-graph-impl none")
+    if config.fp32_residual_connection:
+        reason = "the hidden states are then float32 between layers and the model's dtype within them"
+        _refuse("moe_gating_residual", True, reason, "leave --fp32-residual-connection off")
 
 
 def _check_shared_fields(config: TransformerConfig, dynmoe: DynMoEConfig) -> None:

@@ -37,27 +37,45 @@ class DynamicRouter(Router):
     ) -> None:
         super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
         self.dynmoe = dynmoe
+        self.weight: torch.nn.Parameter
         self._add_learned()
+        # The previous MoE layer's logits, set by the layer for each pass; and what the layer reads of this pass.
+        self.previous_TC: Tensor | None = None
+        self.free_weights_TZ: Tensor | None = None
+        self.logits_TC: Tensor | None = None
         self.on_map: Callable[[Tensor], None] | None = None  # told of the map before losses and statistics are computed
 
     def _add_learned(self) -> None:
-        """What gate and rule learn beside the weight, and the gate's own initialisation of the weight."""
+        """The weight as the gate wants it, with a row for each column, and what gate and rule learn beside it."""
         gate, rule = GATES[self.dynmoe.gate], RULES[self.dynmoe.rule]
         self.keep_float32 = gate.keep_float32
-        if self.keep_float32:
+        self.columns, width = self.num_experts + self.dynmoe.zero_computation_experts, self.config.hidden_size
+        shape = (self.columns, width) if gate.weight_shape is None else gate.weight_shape(self.columns, width)
+        self.learned: list[str] = []
+        if tuple(self.weight.shape) != shape:
+            self.weight = self._parameter(shape)
+        elif self.keep_float32:
             self.weight.data = self.weight.data.float()
         if gate.init_weight is not None and self.config.perform_initialization:
             gate.init_weight(self.weight.data)
-        self.learned: list[str] = []
         for declared in (gate.parameters, rule.parameters):
-            if declared is None:
-                continue
-            for name, value in declared(self.dynmoe, *self.weight.shape).items():
-                dtype = torch.float32 if self.keep_float32 else self.config.params_dtype
-                parameter = torch.nn.Parameter(value.to(self.weight.device, dtype))
-                parameter.sequence_parallel = self.config.sequence_parallel
-                self.register_parameter(name, parameter)
-                self.learned.append(name)
+            for name, value in ({} if declared is None else declared(self.dynmoe, self.columns, width)).items():
+                self.add_learned(name, value)
+
+    def add_learned(self, name: str, value: Tensor | tuple[int, ...]) -> None:
+        """Add a parameter that :func:`megatron_dynmoe.routers.route` gets by name: its initial value, or its shape."""
+        self.register_parameter(name, self._parameter(value))
+        self.learned.append(name)
+
+    def _parameter(self, value: Tensor | tuple[int, ...]) -> torch.nn.Parameter:
+        if not isinstance(value, Tensor):
+            value = torch.empty(value)
+            if self.config.perform_initialization:
+                self.config.init_method(value)
+        dtype = torch.float32 if self.keep_float32 else self.config.params_dtype
+        parameter = torch.nn.Parameter(value.to(self.weight.device, dtype))
+        parameter.sequence_parallel = self.config.sequence_parallel
+        return parameter
 
     def _apply(self, fn: Callable, recurse: bool = True) -> DynamicRouter:
         """Moves to another device move the router; changes of dtype pass it by where the gate asks for float32."""
@@ -85,13 +103,14 @@ class DynamicRouter(Router):
         """
         x_TD = self._jitter(input).reshape(-1, input.shape[-1])
         routing = self.routing(x_TD)
+        self.free_weights_TZ, self.logits_TC = routing.free_weights_TZ, routing.logits_TC
         if self.on_map is not None:
             self.on_map(routing.map_TE)
         valid_T = None if padding_mask is None else ~padding_mask.reshape(-1)
         if self.training and not torch.is_grad_enabled():
             # The forward of a recompute: it runs again with gradients, and then losses and statistics count.
             return routing.weights_TE, routing.map_TE
-        self._observe(routing.map_TE if valid_T is None else routing.map_TE[valid_T], routing.cut)
+        self._observe(routing, valid_T)
         if self.training:
             self.record(x_TD, routing, valid_T)
         weights_TE = self._attach_losses(routing, valid_T) if self.training else routing.weights_TE
@@ -105,6 +124,7 @@ class DynamicRouter(Router):
             self.dynmoe,
             parameters={name: getattr(self, name) for name in self.learned},
             active_E=self.active_E,
+            previous_TC=self.previous_TC,
             training=self.training,
         )
 
@@ -121,10 +141,10 @@ class DynamicRouter(Router):
     def _log_layer(self) -> int:
         return self.layer_number + (self.config.num_layers if self.is_mtp_layer else 0)
 
-    def _observe(self, map_TE: Tensor, cut: Tensor) -> None:
+    def _observe(self, routing: Routing, valid_T: Tensor | None) -> None:
         tracker = get_moe_metrics_tracker()
         if isinstance(tracker, RoutingTracker) and self.layer_number is not None:
-            tracker.observe(self._log_layer - 1, map_TE, cut, training=self.training)
+            tracker.observe(self._log_layer - 1, routing, valid_T, training=self.training)
 
     def _jitter(self, input: Tensor) -> Tensor:
         eps = self.dynmoe.input_jitter_eps
@@ -136,12 +156,13 @@ class DynamicRouter(Router):
         """Weighted losses, logged per layer, attached to the weights so that backward reaches them."""
         if valid_T is not None:
             kept = {
-                name: getattr(routing, name)[valid_T] for name in ("weights_TE", "map_TE", "scores_TE", "logits_TE")
+                name: getattr(routing, name)[valid_T]
+                for name in ("weights_TE", "map_TE", "scores_TC", "logits_TC", "free_weights_TZ", "free_map_TZ")
             }
             counted = replace(routing, **kept)
         else:
             counted = routing
-        losses = router_losses(counted, self.dynmoe, totals := self._totals(counted.map_TE), self.weight, self.active_E)
+        losses = router_losses(counted, self.dynmoe, totals := self._totals(counted.map_TC), self.weight, self.active_E)
         if not losses:
             return routing.weights_TE
         for name, (_, loss) in losses.items():
@@ -153,13 +174,13 @@ class DynamicRouter(Router):
             total = total * totals.tokens
         return MoEAuxLossAutoScaler.apply(routing.weights_TE, total)
 
-    def _totals(self, map_TE: Tensor) -> Totals:
-        local = [map_TE.sum(dim=0), map_TE.new_full((1,), 1).long() * len(map_TE), map_TE.any(dim=-1).sum().view(1)]
+    def _totals(self, map_TC: Tensor) -> Totals:
+        local = [map_TC.sum(dim=0), map_TC.new_full((1,), 1).long() * len(map_TC), map_TC.any(dim=-1).sum().view(1)]
         counts = torch.cat(local).float()
         if self.tp_cp_group.size() > 1:
             torch.distributed.all_reduce(counts, group=self.tp_cp_group)
         tokens, routed = counts[-2].clamp_min(1), counts[-1].clamp_min(1)
-        return Totals(rows_E=counts[:-2], tokens=tokens, routed_tokens=routed, ranks=self.tp_cp_group.size())
+        return Totals(rows_C=counts[:-2], tokens=tokens, routed_tokens=routed, ranks=self.tp_cp_group.size())
 
     def _log(self, name: str, loss: Tensor) -> None:
         num_layers = self.config.num_layers + (self.config.mtp_num_layers or 0)

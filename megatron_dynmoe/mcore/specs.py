@@ -7,10 +7,13 @@ from typing import Any
 
 from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_dynmoe.config import ConfigError, DynMoEConfig
 from megatron_dynmoe.mcore.adaptive_router import AdaptiveRouter
+from megatron_dynmoe.mcore.carry import CarryingTransformerLayer
 from megatron_dynmoe.mcore.experts import TorchGroupedMLP, why_not_torch
 from megatron_dynmoe.mcore.layer import DynMoELayer
 from megatron_dynmoe.mcore.norm import replace_norms
@@ -31,11 +34,22 @@ def dynamic_layer_spec(spec: Any, dynmoe: DynMoEConfig) -> Any:
     """
     spec = replace_norms(spec)
     layers = spec.layer_specs if hasattr(spec, "layer_specs") else [spec]
+    if dynmoe.gating_residual:
+        for layer in layers:
+            _carry(layer)
     replaced = [_rewrite(layer.submodules, dynmoe) for layer in layers]
     # A block may be one pipeline stage's share of the layers, all of them dense; a single layer must be an MoE layer.
     if not any(replaced) and not hasattr(spec, "layer_specs"):
         raise ConfigError("the layer spec has no MoE layer to make dynamic; build it with num_experts set.")
     return spec
+
+
+def _carry(layer: ModuleSpec) -> None:
+    if layer.module not in (TransformerLayer, CarryingTransformerLayer):
+        raise ConfigError(
+            f"--moe-gating-residual needs layers of TransformerLayer, to carry logits on; the spec has {layer.module}."
+        )
+    layer.module = CarryingTransformerLayer
 
 
 def _rewrite(submodules: Any, dynmoe: DynMoEConfig) -> bool:

@@ -9,6 +9,7 @@ from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
 from torch import Tensor
 
 from megatron_dynmoe.metrics import RoutingStats, RoutingSummary, Traffic
+from megatron_dynmoe.routing import Routing
 
 # Called on every rank at the end of an interval: (iteration, iterations counted, summary, the training loop's sums) ->
 # further scalars.
@@ -23,6 +24,7 @@ class RoutingTracker(MoEMetricsTracker):
     Args:
         num_layers: transformer layers of the model, including multi-token-prediction layers.
         num_experts: E.
+        free: zero-computation experts by kind, in the order of their columns.
         copies: ranks that see the same tokens (tensor-parallel ranks without sequence parallelism), else 1.
         log_interval: iterations between reports.
         loss_names: losses to report besides those that the training loop asks for.
@@ -35,6 +37,7 @@ class RoutingTracker(MoEMetricsTracker):
         *,
         num_layers: int,
         num_experts: int,
+        free: dict[str, int] | None = None,
         copies: int = 1,
         log_interval: int = 1,
         loss_names: tuple[str, ...] = (),
@@ -42,17 +45,17 @@ class RoutingTracker(MoEMetricsTracker):
         on_step: Callable[[int], None] | None = None,
     ) -> None:
         super().__init__()
-        self.stats = RoutingStats(num_layers, num_experts)
-        self.evaluation_stats = RoutingStats(num_layers, num_experts)
+        self.stats = RoutingStats(num_layers, num_experts, free)
+        self.evaluation_stats = RoutingStats(num_layers, num_experts, free)
         self.iteration: int | None = None  # the last one reported
         # Iterations in the counts. Megatron's own sums differ: it logs the first iteration of a run and does not reset.
         self.iterations = 0
         self.copies, self.log_interval = copies, log_interval
         self.loss_names, self.on_interval, self.on_step = loss_names, on_interval, on_step
 
-    def observe(self, layer: int, map_TE: Tensor, cut: Tensor, *, training: bool = True) -> None:
+    def observe(self, layer: int, routing: Routing, valid_T: Tensor | None, *, training: bool = True) -> None:
         """Count the routing of one micro-batch at layer ``layer`` (from 0); evaluation is counted apart."""
-        (self.stats if training else self.evaluation_stats).add(layer, map_TE, cut)
+        (self.stats if training else self.evaluation_stats).add(layer, routing, valid_T)
 
     def observe_traffic(self, traffic: Traffic) -> None:
         """Count what one dispatch puts on the wire."""

@@ -45,6 +45,7 @@ class TrainingRecord:
         iteration: the last one of the interval.
         experts_per_token: mean over tokens and layers. experts_by_layer: over tokens, by layer index.
         unrouted: share of tokens that visit nobody, mean over layers. unrouted_by_layer: the same by layer index.
+        free_by_layer: by layer index and kind of zero-computation expert, the share of tokens that chose one.
         active_by_layer: experts after the interval, by layer index; ``None`` without adaptive experts.
         changes: updates in the interval.
     """
@@ -54,6 +55,7 @@ class TrainingRecord:
     experts_by_layer: dict[int, float]
     unrouted: float | None = None
     unrouted_by_layer: dict[int, float] = field(default_factory=dict)
+    free_by_layer: dict[int, dict[str, float]] = field(default_factory=dict)
     active_by_layer: dict[int, int] | None = None
     changes: tuple[ExpertChange, ...] = ()
 
@@ -66,6 +68,7 @@ class Run:
         records: with rising iterations; at least one.
         adaptive: whether the number of experts adapts.
         changes: of all records, by iteration and layer.
+        free_kinds: of zero-computation experts, in the order of their columns.
     """
 
     records: tuple[TrainingRecord, ...]
@@ -73,6 +76,10 @@ class Run:
     @property
     def adaptive(self) -> bool:
         return any(record.active_by_layer is not None for record in self.records)
+
+    @property
+    def free_kinds(self) -> list[str]:
+        return list(dict.fromkeys(kind for r in self.records for shares in r.free_by_layer.values() for kind in shares))
 
     @property
     def changes(self) -> list[ExpertChange]:
@@ -151,6 +158,7 @@ def _record(fields: dict[str, Any], where: str) -> TrainingRecord:
         experts_by_layer=get("experts_per_token_by_layer", _by_layer(float)),
         unrouted=get("unrouted_tokens", float) if "unrouted_tokens" in fields else None,
         unrouted_by_layer=get("unrouted_tokens_by_layer", _by_layer(float), {}),
+        free_by_layer=get("free_tokens_by_layer", _by_layer(_shares), {}),
         active_by_layer=get("active_experts_by_layer", _by_layer(int)) if "active_experts_by_layer" in fields else None,
         changes=get("expert_changes", _changes, ()),
     )
@@ -158,6 +166,10 @@ def _record(fields: dict[str, Any], where: str) -> TrainingRecord:
 
 def _by_layer(convert: Callable[[Any], Any]) -> Callable[[dict[str, Any]], dict[int, Any]]:
     return lambda values: {int(layer): convert(value) for layer, value in values.items()}
+
+
+def _shares(values: dict[str, Any]) -> dict[str, float]:
+    return {kind: float(share) for kind, share in values.items()}
 
 
 def _changes(events: list[dict[str, Any]]) -> tuple[ExpertChange, ...]:

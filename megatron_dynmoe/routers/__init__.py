@@ -5,7 +5,7 @@ Each gate and each rule is one file of this folder and registers itself by name;
 """
 
 from megatron_dynmoe.routers.registry import GATES, RULES, register_gate, register_rule  # isort: skip
-from megatron_dynmoe.routers import cosine, softmax, top_any, top_k, top_p  # noqa: F401  (imported to register)
+from megatron_dynmoe.routers import cosine, softmax, tanh, top_any, top_k, top_p  # noqa: F401  (imported to register)
 from megatron_dynmoe.routers.route import finish_weights, route
 
 __all__ = ["GATES", "RULES", "finish_weights", "register_gate", "register_rule", "route"]

@@ -31,11 +31,17 @@ def cosine_scale(config: DynMoEConfig, parameters: Mapping[str, Tensor]) -> Tens
     return config.cosine_scale
 
 
-@register_gate("cosine", parameters=cosine_parameters, init_weight=torch.nn.init.orthogonal_, keep_float32=True)
-def cosine_gate(
-    x_TD: Tensor, weight_ED: Tensor, config: DynMoEConfig, parameters: Mapping[str, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """s_e = sigmoid(scale * cos(x, w_e)) (Guo et al. 2024, arXiv 2405.14297, eq. 3; the scale from the public code).
+@register_gate(
+    "cosine",
+    scores=torch.sigmoid,
+    parameters=cosine_parameters,
+    init_weight=torch.nn.init.orthogonal_,
+    keep_float32=True,
+)
+def cosine_gate(x_TD: Tensor, weight_ED: Tensor, config: DynMoEConfig, parameters: Mapping[str, Tensor]) -> Tensor:
+    """The logits of s_e = sigmoid(scale * cos(x, w_e)).
+
+    Guo et al. 2024, arXiv 2405.14297, eq. 3; the scale is the public code's.
 
     Args:
         x_TD: hidden states, any float dtype.
@@ -44,11 +50,10 @@ def cosine_gate(
         parameters: ``logit_scale``, if it is trained.
 
     Returns:
-        scale * cosine and scores in (0, 1), both [T, E] in float32 (float64 for float64 input).
+        scale * cosine, [T, E] in float32 (float64 for float64 input); scores are its sigmoid.
     """
     wide = torch.promote_types(x_TD.dtype, torch.float32)
     direction_ED = torch.nn.functional.normalize(weight_ED.to(wide), dim=-1, eps=_TINY)
     # Dividing the product, and not x before it, spares a float32 copy of x.
     norm_T1 = torch.linalg.vector_norm(x_TD, dim=-1, keepdim=True, dtype=wide).clamp_min(_TINY)
-    logits_TE = cosine_scale(config, parameters) * linear32(x_TD, direction_ED) / norm_T1
-    return logits_TE, torch.sigmoid(logits_TE)
+    return cosine_scale(config, parameters) * linear32(x_TD, direction_ED) / norm_T1

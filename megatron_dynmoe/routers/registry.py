@@ -18,33 +18,41 @@ from megatron_dynmoe.config import NAMES
 if TYPE_CHECKING:
     from megatron_dynmoe.config import DynMoEConfig
 
-# (config, experts, width) -> initial values of further parameters by name, float32, the same on every rank.
-Parameters = Callable[["DynMoEConfig", int, int], dict[str, Tensor]]
+# (config, experts, width) -> further parameters by name: their initial values, float32 and the same on every rank, or
+# their shape, to be filled as the model's weights are.
+Parameters = Callable[["DynMoEConfig", int, int], dict[str, Any]]
 NONE: Mapping[str, Tensor] = MappingProxyType({})
+
+
+def softmax_over_experts(logits_TE: Tensor) -> Tensor:
+    """Probabilities: each row sums to one."""
+    return logits_TE.softmax(dim=-1)
 
 
 @dataclass(frozen=True)
 class Gate:
-    """Hidden states to (logits, scores), both float32 [T, E].
+    """Hidden states to logits, and logits to scores, all float32 [T, E].
 
     Attributes:
-        function: ``(x_TD, weight_ED)``; with ``parameters`` also ``(..., config, parameters)``.
+        function: ``(x_TD, weight_ED)`` to logits; with ``parameters`` also ``(..., config, parameters)``.
+        scores: logits to scores; softmax over the experts if not said otherwise.
         parameters: what it learns beside the weight.
-        init_weight: fills the weight [E, D] in place; unset: the model's own initialisation.
+        weight_shape: (experts, width) to the shape of the weight, if that is not [E, D].
+        init_weight: fills the weight in place; unset: the model's own initialisation.
         keep_float32: the router's parameters stay float32 in a model of another dtype.
-        probabilities: a token's scores sum to one.
     """
 
-    function: Callable[..., tuple[Tensor, Tensor]]
+    function: Callable[..., Tensor]
+    scores: Callable[[Tensor], Tensor] = softmax_over_experts
     parameters: Parameters | None = None
+    weight_shape: Callable[[int, int], tuple[int, int]] | None = None
     init_weight: Callable[[Tensor], Any] | None = None
     keep_float32: bool = False
-    probabilities: bool = False
 
-    def __call__(
+    def logits(
         self, x_TD: Tensor, weight_ED: Tensor, config: DynMoEConfig, parameters: Mapping[str, Tensor] = NONE
-    ) -> tuple[Tensor, Tensor]:
-        """Logits and scores of each token."""
+    ) -> Tensor:
+        """Logits of each token."""
         if self.parameters is None:
             return self.function(x_TD, weight_ED)
         return self.function(x_TD, weight_ED, config, parameters)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from megatron_dynmoe.routers.linear import linear32
 from megatron_dynmoe.routers.registry import GATES, NONE, RULES
 from megatron_dynmoe.routing import Routing
 
@@ -17,44 +18,125 @@ if TYPE_CHECKING:
 
 def route(
     x_TD: Tensor,
-    weight_ED: Tensor,
+    weight_CD: Tensor,
     config: DynMoEConfig,
     *,
     parameters: Mapping[str, Tensor] = NONE,
     active_E: Tensor | None = None,
+    previous_TC: Tensor | None = None,
     training: bool = True,
 ) -> Routing:
     """Route each token: which experts, with what weight.
 
     Args:
         x_TD: hidden states, any float dtype.
-        weight_ED: the router's weight.
+        weight_CD: the router's weight; its shape is the gate's affair.
         config: gate, rule, bounds and normalisation.
-        parameters: what gate and rule learn beside the weight, by name.
+        parameters: what gate and rule learn beside the weight, by name; ``gate_map`` [C, C] of a gating residual.
         active_E: bool, the experts that there are to choose from; unset: all.
-        training: hold the memory guard's bound on rows, and let a token visit nobody where the rule says so. In
-            evaluation neither is done: there a token's experts must not depend on the other tokens of the batch, and a
-            rule's empty choice is replaced by the active expert with the highest score.
+        previous_TC: float32, the previous MoE layer's logits.
+        training: hold the memory guard's bound and capacities, and let a token visit nobody where the rule says so. In
+            evaluation none of it is done: there a token's experts must not depend on the other tokens of the batch,
+            and a rule's empty choice is replaced by the active expert with the highest score.
 
     Returns:
-        Routing, float32. Gradients reach ``x_TD`` and the parameters through the weights; the choice itself has none.
+        Routing, float32. Gradients reach ``x_TD``, the parameters and ``previous_TC`` through the weights and the
+        logits; the choice itself has none.
     """
     gate, rule = GATES[config.gate], RULES[config.rule]
-    logits_TE, scores_TE = gate(x_TD, weight_ED, config, parameters)
+    logits_TC = gate.logits(x_TD, weight_CD, config, parameters)
+    if previous_TC is not None:
+        logits_TC = logits_TC + linear32(previous_TC, parameters["gate_map"])
+    normed_TC = logits_TC if config.logits_norm_std is None else norm_logits(logits_TC, config.logits_norm_std)
+    scores_TC = gate.scores(normed_TC)
+    experts = scores_TC.shape[-1] - config.zero_computation_experts
     with torch.no_grad():
-        open_TE = scores_TE if active_E is None else scores_TE.masked_fill(~active_E, -torch.inf)
-        chosen_TE = rule(open_TE, config, parameters)
+        open_TC = scores_TC if active_E is None else scores_TC.masked_fill(~active_E, -torch.inf)
+        chosen_TC = rule(open_TC, config, parameters)
         if rule.may_be_empty and not training:
-            chosen_TE = chosen_TE | best_of_none(chosen_TE, open_TE)
-        map_TE = cap_experts(chosen_TE, scores_TE, config.max_experts_per_token)
-        if training:
-            map_TE = cap_rows(map_TE, scores_TE, row_bound(map_TE.shape[0], config))
-        cut = chosen_TE.sum() - map_TE.sum()
-    if rule.weights is None:
-        weights_TE = finish_weights(scores_TE, map_TE, normalize=config.normalize_weights)
+            chosen_TC = chosen_TC | best_of_none(chosen_TC, open_TC)
+        map_TC, cut, dropped = bound_map(chosen_TC, scores_TC, config, training=training)
+    if config.drop_zero_weight:
+        weights_TC = weights_without_zero(normed_TC, map_TC, config.zero_experts)
+    elif rule.weights is None:
+        weights_TC = finish_weights(scores_TC, map_TC, normalize=config.normalize_weights)
     else:
-        weights_TE = rule.weights(scores_TE, map_TE, config, parameters)
-    return Routing(weights_TE=weights_TE, map_TE=map_TE, scores_TE=scores_TE, logits_TE=logits_TE, cut=cut)
+        weights_TC = rule.weights(scores_TC, map_TC, config, parameters)
+    return Routing(
+        weights_TE=weights_TC[:, :experts],
+        map_TE=map_TC[:, :experts],
+        scores_TC=scores_TC,
+        logits_TC=logits_TC,
+        cut=cut,
+        free_weights_TZ=weights_TC[:, experts:],
+        free_map_TZ=map_TC[:, experts:],
+        dropped=dropped,
+    )
+
+
+def norm_logits(logits_TC: Tensor, std: float) -> Tensor:
+    """Each token's logits divided by (their unbiased standard deviation / ``std``); public code of MoE++."""
+    tiny = torch.finfo(logits_TC.dtype).tiny
+    return logits_TC / (logits_TC.std(dim=-1, keepdim=True) / std).clamp_min(tiny)
+
+
+def bound_map(
+    chosen_TC: Tensor, scores_TC: Tensor, config: DynMoEConfig, *, training: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the bounds leave of a choice: the cap on a token's experts, capacities, and the guard on FFN rows.
+
+    Returns:
+        the map; assignments cut by the cap and the guard, and dropped by a capacity, int64 scalars on the device.
+    """
+    map_TC = cap_experts(chosen_TC, scores_TC, config.max_experts_per_token)
+    cut, dropped = chosen_TC.sum() - map_TC.sum(), map_TC.new_zeros((), dtype=torch.int64)
+    if not training:
+        return map_TC, cut, dropped
+    tokens, free = len(map_TC), config.zero_computation_experts
+    experts = map_TC.shape[1] - free
+    if config.capacity_gamma is not None:
+        fitting_TC = cap_columns(map_TC, scores_TC, capacities(tokens, experts, config))
+        map_TC, dropped = fitting_TC, map_TC.sum() - fitting_TC.sum()
+    bound = row_bound(tokens, config)
+    if bound is not None:
+        guarded_TE = cap_rows(map_TC[:, :experts], scores_TC[:, :experts], bound)
+        cut = cut + map_TC[:, :experts].sum() - guarded_TE.sum()
+        map_TC = torch.cat([guarded_TE, map_TC[:, experts:]], dim=1)
+    return map_TC, cut, dropped
+
+
+def capacities(tokens: int, experts: int, config: DynMoEConfig) -> list[int]:
+    """Tokens that each expert takes: gamma tau T / (tau N_FFN + N_ZC) an FFN expert, gamma T / (...) another one.
+
+    As printed in Jin et al. 2024, arXiv 2410.07348, eq. 8, there is no factor k: to leave room for k assignments a
+    token, gamma has to have it.
+    """
+    free, tau, gamma = config.zero_computation_experts, config.tau, config.capacity_gamma or 0.0
+    unit = gamma * tokens / (tau * experts + free)
+    return [max(int(tau * unit), 1)] * experts + [max(int(unit), 1)] * free
+
+
+def cap_columns(map_TC: Tensor, scores_TC: Tensor, most: list[int]) -> Tensor:
+    """Keep at most ``most[c]`` tokens of each column, those with the highest scores; ties keep the earlier token."""
+    chosen_TC = scores_TC.masked_fill(~map_TC, -torch.inf)
+    order_TC = chosen_TC.sort(dim=0, descending=True, stable=True).indices
+    place_TC = torch.empty_like(order_TC).scatter_(
+        0, order_TC, torch.arange(len(map_TC), device=order_TC.device).unsqueeze(1).expand_as(order_TC)
+    )
+    return map_TC & (place_TC < torch.tensor(most, device=place_TC.device))
+
+
+def weights_without_zero(logits_TC: Tensor, map_TC: Tensor, zero_experts: int) -> Tensor:
+    """Softmax over a token's chosen experts other than zero experts, whose weight is 0.
+
+    The public code divides probabilities, which is NaN where the partner's underflowed; the same quotient of
+    exponentials, taken of the logits, never is.  A token that chose zero experts alone has no weight at all.
+    """
+    kept_TC = map_TC.clone()
+    kept_TC[:, map_TC.shape[1] - zero_experts :] = False
+    some_T1 = kept_TC.any(dim=-1, keepdim=True)
+    masked_TC = logits_TC.masked_fill(~kept_TC, -torch.inf).masked_fill(~some_T1, 0.0)
+    return torch.where(kept_TC, masked_TC.softmax(dim=-1), logits_TC.new_zeros(()))
 
 
 def best_of_none(map_TE: Tensor, scores_TE: Tensor) -> Tensor:

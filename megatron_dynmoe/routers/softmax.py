@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from megatron_dynmoe.routers.linear import linear32
 from megatron_dynmoe.routers.registry import register_gate
 
 
-@register_gate("softmax", probabilities=True)
-def softmax_gate(x_TD: Tensor, weight_ED: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax probabilities over the experts (Huang et al. 2024, arXiv 2403.07652, eq. 2).
+@register_gate("softmax")
+def softmax_gate(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    """W x; its scores are softmax probabilities (Huang et al. 2024, arXiv 2403.07652, eq. 2).
 
     Args:
         x_TD: hidden states, any float dtype.
         weight_ED: the router's weight, any float dtype.
 
     Returns:
-        logits and probabilities, both [T, E] in float32 (float64 for float64 input).
+        logits [T, E] in float32 (float64 for float64 input).
     """
-    logits_TE = linear32(x_TD, weight_ED)
-    return logits_TE, torch.softmax(logits_TE, dim=-1)
+    return linear32(x_TD, weight_ED)

@@ -45,9 +45,15 @@ def model_shape(args: Namespace) -> ModelShape:
 
 def router_extra(args: Namespace) -> int:
     """Parameters of a layer's router beside its weight (thresholds, a trained scale), and of the residual mixer."""
-    thresholds = args.num_experts if args.moe_rule == "top-any" else 0
-    mixer = 2 * (args.hidden_size + 1) if args.moe_residual else 0
-    return (thresholds or 0) + int(args.moe_train_cosine_scale) + mixer
+    width, free = args.hidden_size, args.moe_zero_experts + args.moe_copy_experts + args.moe_constant_experts
+    columns = (args.num_experts or 0) + free
+    thresholds = columns if args.moe_rule == "top-any" else 0
+    mixer = 2 * (width + 1) if args.moe_residual else 0
+    # The gate, less the weight [E, D] that every router is counted with; H = 8C.
+    gate = 8 * columns * (width + columns) if args.moe_gate == "tanh" else columns * width
+    gate -= (args.num_experts or 0) * width
+    gate += columns**2 if args.moe_gating_residual else 0
+    return gate + thresholds + int(args.moe_train_cosine_scale) + mixer + 3 * args.moe_constant_experts * width
 
 
 def routed_flops(args: Namespace, experts_per_token: float, batch_size: int) -> float:
@@ -112,6 +118,7 @@ def log_interval(
         "rows_crossing": summary.traffic.crossing_rows / iterations,
         "bytes_crossing": summary.traffic.crossing_bytes / iterations,
         "rows_cut": summary.cut_rows / iterations,
+        "rows_dropped": summary.dropped / iterations,
         "tokens_per_second": args.global_batch_size * args.seq_length / seconds,
         "routed_TFLOP/s/GPU": flops / seconds / args.world_size / 1e12,
     }
@@ -119,6 +126,7 @@ def log_interval(
     record = {"iteration": iteration, "seconds_per_iteration": seconds} | summary.scalars() | scalars
     record["experts_per_token_by_layer"] = summary.experts_per_token_by_layer
     record["unrouted_tokens_by_layer"] = summary.unrouted_by_layer
+    record["free_tokens_by_layer"] = summary.free_by_layer
     record |= about_experts
     for name, value in sums.items():
         if name.endswith("loss"):
@@ -167,4 +175,5 @@ def log_evaluation(file: MetricsFile, tracker: RoutingTracker, losses: LossSums)
     }
     record |= summary.scalars()
     record["experts_per_token_by_layer"] = summary.experts_per_token_by_layer
+    record["free_tokens_by_layer"] = summary.free_by_layer
     file.write(record)

@@ -90,11 +90,14 @@ def run(args: Namespace, dynmoe: DynMoEConfig) -> None:
     """Train as ``args`` say; Megatron is parsed and validated, but not yet initialised."""
     model = gpt_config_from_args(args)
     model.transformer_layer_spec = partial(layer_spec, dynmoe=dynmoe)
+    if dynmoe.gating_residual and args.pipeline_model_parallel_size > 1:
+        model.transformer.variable_seq_lengths = True  # stages tell each other how wide the hidden tensor is
     file, losses = MetricsFile(args.moe_metrics_file), LossSums()
     adaptation = ExpertAdaptation(dynmoe, seed=args.seed) if dynmoe.adaptive_experts else None
     tracker = RoutingTracker(
         num_layers=args.num_layers + (args.mtp_num_layers or 0),
         num_experts=args.num_experts or 1,
+        free={kind: getattr(dynmoe, f"{kind}_experts") for kind in ("constant", "copy", "zero")},
         copies=1 if args.sequence_parallel else args.tensor_model_parallel_size,
         log_interval=args.log_interval,
         loss_names=tuple(f"{name}_loss" for name in OWN_LOSSES if getattr(dynmoe, f"{name}_coeff") > 0),
