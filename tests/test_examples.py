@@ -40,6 +40,35 @@ ROUTING = {
         "update_period": 900,
     },
 }
+MOE_PLUS_PLUS = {
+    "gate": "softmax",
+    "rule": "top-k",
+    "topk": 2,
+    "zero_experts": 1,
+    "copy_experts": 1,
+    "constant_experts": 2,
+    "gating_residual": True,
+    "tau": 0.75,
+    "load_balance_coeff": 1e-2,
+    "capacity_gamma": None,
+    "expert_input_scale": 1.0,
+}
+ROUTING |= {f"moe_plus_plus_{size}": MOE_PLUS_PLUS for size in ("0.6b", "1b", "7b")}
+ROUTING["moe_plus_plus_2b"] = MOE_PLUS_PLUS | {"constant_experts": 6}
+FFN_EXPERTS = dict.fromkeys(ROUTING, 16) | {"moe_plus_plus_0.6b": 8, "moe_plus_plus_2b": 32}
+
+# The schedule of MoE++ (its table B), for which the model files say what to add.
+SCHEDULE = {
+    "global_batch_size": 2048,
+    "train_iters": 23842,
+    "lr": 5e-4,
+    "min_lr": 5e-5,
+    "lr_warmup_iters": 2000,
+    "lr_warmup_init": 1e-7,
+    "weight_decay": 0.1,
+    "clip_grad": 1.0,
+    "seq_length": 2048,
+}
 
 # Writes its arguments, one a line, and the checkpoint that the test wants a training to leave.
 TORCHRUN = """#!/bin/bash
@@ -97,7 +126,7 @@ def contains(words: list[str], part: list[str]) -> bool:
     return any(words[i : i + len(part)] == part for i in range(len(words)))
 
 
-def parse_for_eight_gpus(argv: list[str], routing: dict) -> None:
+def parse_for_eight_gpus(argv: list[str], routing: dict, experts: int, schedule: dict) -> None:
     """In a rank: Megatron's parser and its checks, and the dynamic layer's, accept the command line on 8 ranks."""
     import sys
 
@@ -116,7 +145,8 @@ def parse_for_eight_gpus(argv: list[str], routing: dict) -> None:
         args.padded_vocab_size = 32000  # training takes it from the tokenizer, which is an empty file here
         check_config(gpt_config_from_args(args).transformer, dynmoe)
     assert {name: getattr(dynmoe, name) for name in routing} == routing
-    assert (args.data_parallel_size, args.expert_model_parallel_size, args.num_experts) == (8, 8, 16)
+    assert (args.data_parallel_size, args.expert_model_parallel_size, args.num_experts) == (8, 8, experts)
+    assert {name: getattr(args, name) for name in schedule} == schedule
     assert args.bf16 and args.use_distributed_optimizer and args.dist_ckpt_optim_fully_reshardable
     step = args.global_batch_size * args.seq_length
     assert 0 <= args.train_iters * step - 100e9 < step  # 100B tokens, in whole steps
@@ -156,7 +186,29 @@ def test_the_two_models_differ_in_routing_only():
 def test_megatron_accepts_the_models_flags(stub, model, impl):
     done = run("pretrain.sh", stub, model, TRANSFORMER_IMPL=impl, **settings(stub))
     assert done.returncode == 0, done.stderr
-    ranks.call(parse_for_eight_gpus, torchrun_args(stub)[1], ROUTING[model], ranks=1, folder=stub / "parse")
+    given = torchrun_args(stub)[1], ROUTING[model], FFN_EXPERTS[model], {}
+    ranks.call(parse_for_eight_gpus, *given, ranks=1, folder=stub / "parse")
+
+
+def schedule_of(model: str) -> tuple[dict[str, str], list[str]]:
+    """The command in a model file's comment: its environment, and the flags after the model's name."""
+    lines = (EXAMPLES / "models" / f"{model}.args").read_text(encoding="utf-8").splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("#   TRAIN_ITERS="))
+    words = shlex.split(" ".join(line.removeprefix("#").removesuffix("\\") for line in lines[start : start + 2]))
+    (name, _, value), *rest = words[0].partition("="), *words[1:]
+    assert rest[:2] == ["examples/pretrain.sh", model]
+    return {name: value}, rest[2:]
+
+
+def test_the_schedule_of_moe_plus_plus(stub):
+    wanted = {model: schedule_of(model) for model in MODELS if model.startswith("moe_plus_plus")}
+    assert len(wanted) == 4 and all(schedule == wanted["moe_plus_plus_7b"] for schedule in wanted.values())
+    environment, flags = wanted["moe_plus_plus_7b"]
+    given = settings(stub) | environment | {"TRANSFORMER_IMPL": "local"}
+    done = run("pretrain.sh", stub, "moe_plus_plus_7b", *flags, **given)
+    assert done.returncode == 0, done.stderr
+    argv = torchrun_args(stub)[1]
+    ranks.call(parse_for_eight_gpus, argv, MOE_PLUS_PLUS, 16, SCHEDULE, ranks=1, folder=stub / "parse")
 
 
 @pytest.mark.parametrize("script", ["pretrain.sh", "slurm.sh"])

@@ -1,4 +1,4 @@
-"""The paper's model, built on the meta device from the example's flags, has the paper's parameter counts.
+"""The papers' models, built on the meta device from the examples' flags, have the papers' parameter counts.
 
 Nothing is allocated: Megatron parses and checks the flags as for training and builds its GPT model from them, but the
 parameters have shapes and no storage.
@@ -12,7 +12,7 @@ import pytest
 
 from tests import ranks
 
-ARGS_FILE = Path(__file__).resolve().parent.parent / "examples" / "models" / "dynamic_moe_24l.args"
+MODELS = Path(__file__).resolve().parent.parent / "examples" / "models"
 # What Megatron's parser wants beside the model; none of it changes a shape. The vocabulary is padded from 31999 to
 # LLaMA-2's 32000.
 REST = "--micro-batch-size 1 --train-iters 1 --lr 1e-3 --mock-data --tokenizer-type NullTokenizer --vocab-size 31999"
@@ -40,9 +40,27 @@ VARIANTS = {
 }
 
 
-def model_flags() -> list[str]:
+# MoE++, whose tokenizer has 65536 entries: name -> flags added to those of the example's file.
+PLUS_PLUS = {
+    "moe_plus_plus_0.6b": "",
+    "moe_plus_plus_1b": "",
+    "moe_plus_plus_2b": "",
+    "moe_plus_plus_7b": "",
+    "moe_plus_plus_0.6b as released": "--moe-preset moe-plus-plus-released",
+    "moe_plus_plus_0.6b, every other layer": "--moe-layer-freq 2",
+    "moe_plus_plus_0.6b, copy experts alone": "--moe-constant-experts 0 --moe-zero-experts 0 --moe-copy-experts 3",
+}
+
+
+def model_flags(model: str) -> list[str]:
     """The flags of the example's model file, which has comments as in a shell."""
-    return shlex.split(ARGS_FILE.read_text(encoding="utf-8"), comments=True)
+    return shlex.split((MODELS / f"{model}.args").read_text(encoding="utf-8"), comments=True)
+
+
+def plus_plus_flags(name: str) -> list[str]:
+    """Those of an entry of PLUS_PLUS."""
+    model = name.partition(" ")[0].rstrip(",")
+    return [*model_flags(model), *REST.split(), "--vocab-size", "65535", *PLUS_PLUS[name].split()]
 
 
 def without(flags: list[str], names: set[str]) -> list[str]:
@@ -114,14 +132,15 @@ def count(flags: list[str]) -> dict[str, int]:
 def counts(tmp_path_factory) -> dict[str, dict[str, int]]:
     """Counts by variant; one rank builds all of them."""
     folder = tmp_path_factory.mktemp("model_size")
-    paper = [*model_flags(), *REST.split()]
+    paper = [*model_flags("dynamic_moe_24l"), *REST.split()]
     models = {name: without(paper, gone) + extra.split() for name, (gone, extra) in VARIANTS.items()}
+    models |= {name: plus_plus_flags(name) for name in PLUS_PLUS}
     result = folder / "counts.json"
     ranks.call(count_all, {"paper": paper} | models, str(result), ranks=1, folder=folder)
     return json.loads(result.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("variant", ["paper", *VARIANTS])
+@pytest.mark.parametrize("variant", ["paper", *VARIANTS, *PLUS_PLUS])
 def test_model_shape_counts_what_the_model_has(counts, variant):
     got = counts[variant]
     assert got["shape total"] == got["total"]
@@ -140,3 +159,31 @@ def test_the_papers_counts(counts):
     assert paper["shape with two experts"] == top_2 == 581_878_784
     # The paper prints 581M: that is the count without the routers (581.49M), which add 0.39M.
     assert round((top_2 - routers) / 1e6) == 581
+
+
+@pytest.mark.parametrize(
+    ("size", "experts", "layers", "width", "expert_width", "billions", "activated"),
+    [
+        ("0.6b", 8, 12, 768, 2048, 0.6, 0.2),
+        ("1b", 16, 12, 768, 2048, 1.0, 0.2),
+        ("2b", 32, 12, 768, 2048, 1.9, 0.2),
+        # The paper calls it 7B, 1.2B activated; the widths that it prints give 7.7B, and 1.3B or, without the input
+        # embedding, 1.2B.
+        ("7b", 16, 24, 1536, 4096, 7.7, 1.3),
+    ],
+)
+def test_the_counts_of_moe_plus_plus(counts, size, experts, layers, width, expert_width, billions, activated):
+    got = counts[f"moe_plus_plus_{size}"]
+    assert got["in experts"] == layers * experts * 3 * width * expert_width
+    assert round(got["total"] / 1e9, 1) == billions
+    assert round(got["shape with two experts"] / 1e9, 1) == activated
+    text = (MODELS / f"moe_plus_plus_{size}.args").read_text(encoding="utf-8")
+    for number, what in ((got["total"], "parameters"), (got["shape with two experts"], "activated")):
+        said = f"{number / 1e6:.0f}M" if number < 1e9 else f"{number / 1e9:.2f}B"
+        assert f" {said} {what}" in text
+    embedding = 65536 * width
+    if size == "7b":
+        assert round((got["shape with two experts"] - embedding) / 1e9, 1) == 1.2
+    # What MoE++ has beside a plain MoE of the same size: next to nothing, as the paper says.
+    plain = layers * (experts * (3 * expert_width + 1) + 4 * width + 2) * width + width + 2 * embedding
+    assert 0 < got["total"] - plain < 1e-3 * plain
