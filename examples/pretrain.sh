@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Pretrain one of the models in examples/models on 8 GPUs. MODEL is the name of its file there, without .args:
-# dynamic_moe_24l, the model of the Dynamic MoE paper, or dynmoe_24l, as large, with the routing of DynMoE.
+# dynamic_moe_24l, the model of the Dynamic MoE paper; dynmoe_24l, as large, with the routing of DynMoE; or one of
+# moe_plus_plus_0.6b, _1b, _2b, _7b, the sizes of the MoE++ paper.
 #
 #   DATA="0.7 data/cc 0.3 data/code" TOKENIZER=llama2/tokenizer.model SAVE=runs/dynamic_moe \
 #       examples/pretrain.sh dynamic_moe_24l

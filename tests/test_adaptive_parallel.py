@@ -56,9 +56,10 @@ def pretrain(argv, out):
         return ranks.pretrain(argv)
     finally:
         (adaptation,) = [thing for thing in gc.get_objects() if isinstance(thing, ExpertAdaptation)]
-        names = ("experts_mask", "weight", "thresholds", "recorded_rows_E", "recorded_sums_BD", "schedule")
+        names = ("experts_mask", "weight", "thresholds", "recorded_rows_E", "recorded_sums_BD")
         state = {
             layer.router.layer_number - 1: {name: getattr(layer.router, name).detach().clone() for name in names}
+            | {"schedule": torch.tensor([layer.router.steps, layer.router.recording])}
             for layer in adaptation.layers
         }
         torch.save(state, out / f"state{torch.distributed.get_rank()}.pt")

@@ -10,14 +10,15 @@ import pytest
 import torch
 
 from benchmarks import bench_moe_plus_plus as bench
+from benchmarks import zero_computation_case as cases
 from megatron_dynmoe import reference
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def setting(**changes) -> bench.Setting:
+def setting(**changes) -> cases.Setting:
     shape = {"tokens": 24, "width": 16, "expert_width": 24, "ffn": 8, "free": 4, "tau": 0.75}
-    return bench.Setting(**shape | changes)
+    return cases.Setting(**shape | changes)
 
 
 def assert_close(got: torch.Tensor, expected: torch.Tensor) -> None:
@@ -26,7 +27,7 @@ def assert_close(got: torch.Tensor, expected: torch.Tensor) -> None:
     assert (got - expected).abs().max() <= allowed
 
 
-def gradients(method, case: bench.Case) -> list[torch.Tensor]:
+def gradients(method, case: cases.Case) -> list[torch.Tensor]:
     case.clear()
     method(case).backward(case.grad_TD)
     names = ("x_TD", "weights_TC", "select_C2D", "values_CD")
@@ -35,11 +36,11 @@ def gradients(method, case: bench.Case) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("free", [3, 4, 8])
 def test_fused_equals_the_loop(free):
-    case = bench.Case.make(setting(free=free, tau=0.25), "cpu", torch.float32)
-    out = bench.fused(case)
+    case = cases.Case.make(setting(free=free, tau=0.25), "cpu", torch.float32)
+    out = cases.fused(case)
     assert out.abs().max() > 0
-    assert_close(out, bench.loop(case))
-    fused, loop = gradients(bench.fused, case), gradients(bench.loop, case)
+    assert_close(out, cases.loop(case))
+    fused, loop = gradients(cases.fused, case), gradients(cases.loop, case)
     # The fused expression has a gradient for every weight, the loop only for chosen ones, as top-2 passes it on.
     fused[1], loop[1] = fused[1] * case.map_TC, loop[1] * case.map_TC
     for got, expected in zip(fused, loop, strict=True):
@@ -49,20 +50,20 @@ def test_fused_equals_the_loop(free):
 
 @pytest.mark.parametrize("tau", [0.1, 0.75])
 def test_both_layers_equal_the_dense_reference(tau):
-    case = bench.Case.make(setting(tau=tau), "cpu", torch.float32)
+    case = cases.Case.make(setting(tau=tau), "cpu", torch.float32)
     experts = case.fc1_EGD, case.fc2_EDF
-    assert_close(bench.plain(case), reference.dense_moe(case.x_TD, case.plain_weights_TE, *experts))
+    assert_close(cases.plain(case), reference.dense_moe(case.x_TD, case.plain_weights_TE, *experts))
     ffn = reference.dense_moe(case.x_TD, case.weights_TC[:, :8], *experts)
     free = reference.free_experts(case.x_TD, case.weights_TC[:, 8:], case.select_C2D, case.values_CD, 1)
     assert ffn.abs().max() > 0 and free.abs().max() > 0
-    assert_close(bench.moe_plus_plus(case), ffn + free)
+    assert_close(cases.moe_plus_plus(case), ffn + free)
 
 
 @pytest.mark.parametrize(("ffn", "free"), [(8, 4), (16, 4), (32, 8), (3, 3)])
 @pytest.mark.parametrize("tau", [0.1, 0.5, 1])
 def test_routing_is_what_the_balance_loss_intends(ffn, free, tau):
     tokens = 999
-    case = bench.Case.make(setting(tokens=tokens, ffn=ffn, free=free, tau=tau), "cpu", torch.float32)
+    case = cases.Case.make(setting(tokens=tokens, ffn=ffn, free=free, tau=tau), "cpu", torch.float32)
     for map_TC in (case.plain_map_TE, case.map_TC):
         assert (map_TC.sum(dim=1) == 2).all()
     share = tau * ffn / (tau * ffn + free)
@@ -77,7 +78,7 @@ def test_routing_is_what_the_balance_loss_intends(ffn, free, tau):
 
 def test_pairs_are_drawn_at_random():
     # Of 40000 tokens with 4 equally likely experts a sixth should have each pair; 4 standard deviations are 300.
-    map_TE = bench.draw_map([20000] * 4, torch.Generator().manual_seed(0))
+    map_TE = cases.draw_map([20000] * 4, torch.Generator().manual_seed(0))
     for first in range(4):
         for second in range(first):
             together = int((map_TE[:, first] & map_TE[:, second]).sum())
@@ -86,13 +87,13 @@ def test_pairs_are_drawn_at_random():
 
 def test_impossible_counts_are_refused():
     with pytest.raises(ValueError, match=r"counts are \[9, 1, 0\]"):
-        bench.draw_map([9, 1, 0], torch.Generator())
+        cases.draw_map([9, 1, 0], torch.Generator())
 
 
 def test_ratios_are_of_one_round(monkeypatch):
     # Every round is twice as slow as the one before: a neighbour. Within a round the ratios stay what they are.
-    seconds = {bench.plain: 6.0, bench.moe_plus_plus: 4.0, bench.fused: 1.0, bench.loop: 3.0}
-    seconds |= dict(zip(bench.FORWARD_ONLY.values(), (5.0, 3.0), strict=True))
+    seconds = {cases.plain: 6.0, cases.moe_plus_plus: 4.0, cases.fused: 1.0, cases.loop: 3.0}
+    seconds |= dict(zip(cases.FORWARD_ONLY.values(), (5.0, 3.0), strict=True))
     calls = []
 
     def time_one(method, case, **how):
@@ -135,7 +136,7 @@ def test_a_run_writes_rows_and_table(tmp_path, backward):
     keys = [(r["ffn"], r["free"], r["tau"]) for r in rows]
     assert keys == [(*size, tau) for size, tau in product([(4, 3), (8, 4)], [0.5, 1])]
     for row in rows:
-        assert all(row[f"{name}_seconds"] > 0 for name in bench.METHODS) and row["backward"] == backward
+        assert all(row[f"{name}_seconds"] > 0 for name in cases.METHODS) and row["backward"] == backward
         assert (row["gemms_reached"] is None) == backward
         assert row["reached"] == pytest.approx(row["gain"] / row["predicted"])
     text = files["markdown"].read_text()

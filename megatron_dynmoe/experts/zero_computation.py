@@ -26,7 +26,7 @@ def zero_computation(x_TD: Tensor, weights_TZ: Tensor, select_C2D: Tensor, value
         copies: copy experts; what is left of the columns are zero experts.
 
     Returns:
-        [T, D] in the dtype of ``x_TD``.
+        [T, D] in the dtype of ``x_TD``, a tensor of its own that the caller may add to in place.
     """
     constants = values_CD.shape[0]
     weights_TC = weights_TZ[:, :constants]
@@ -36,4 +36,5 @@ def zero_computation(x_TD: Tensor, weights_TZ: Tensor, select_C2D: Tensor, value
     first_TC = linear(x_TD, (select_C2D[:, 0] - select_C2D[:, 1]).to(x_TD.dtype)).to(weights_TC.dtype).sigmoid()
     share_T = share_T + (weights_TC * first_TC).sum(dim=-1)
     constant_TD = (weights_TC * (1 - first_TC)).to(x_TD.dtype) @ values_CD.to(x_TD.dtype)
-    return constant_TD.addcmul(share_T.to(x_TD.dtype).unsqueeze(-1), x_TD)
+    # In place: beside few FFN rows, a fresh T x D tensor is what takes the time.
+    return constant_TD.addcmul_(share_T.to(x_TD.dtype).unsqueeze(-1), x_TD)

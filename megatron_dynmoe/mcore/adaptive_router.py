@@ -40,7 +40,7 @@ class AdaptiveRouter(DynamicRouter):
             for name, value in vars(empty).items():
                 self.register_buffer(f"{prefix}_{name}", value, persistent=persistent)
         self.register_buffer("schedule", torch.zeros(2, dtype=torch.int64))
-        # The same on the host, so that no forward pass waits for the device.
+        # What the buffer says, on the host, so that no forward pass waits for the device.
         self.steps, self.recording = 0, False
         self.register_load_state_dict_post_hook(_read_schedule)
 
@@ -69,7 +69,11 @@ class AdaptiveRouter(DynamicRouter):
         """Set the training iterations seen, or whether what comes is recorded."""
         self.steps = self.steps if steps is None else steps
         self.recording = self.recording if recording is None else recording
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        # The buffer is written when it is saved, not in every step, which would be a copy to the device each.
         self.schedule.copy_(torch.tensor([self.steps, int(self.recording)]))
+        super()._save_to_state_dict(*args, **kwargs)
 
     def record(self, x_TD: Tensor, routing: Routing, valid_T: Tensor | None) -> None:
         """Add these tokens to what this rank has seen, if a window is open."""

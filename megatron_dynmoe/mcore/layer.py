@@ -163,7 +163,7 @@ class DynMoELayer(MoELayer):
         free, self._free = self._free, None
         output = super().postprocess(output, None if self.mixer is not None else shared_expert_output)
         if free is not None:
-            output = output + free
+            output = free.add_(output)
         if self.mixer is not None:
             output = self.mixer(hidden, output, shared_expert_output)
         if self.dynmoe.gating_residual:
