@@ -194,10 +194,10 @@ def training(folder: Path, environment: dict[str, str], *, cpu: bool) -> dict[st
 def training_command(metrics: Path) -> list[str]:
     """torchrun with the demo's flags; what follows them wins."""
     sys.path.insert(0, str(ROOT))
-    from megatron_dynmoe.demo.steps import MODEL, TRAINING, flags
+    from megatron_dynmoe.demo.steps import MODEL, ROUTING, TRAINING, flags
 
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
-    words += [str(ROOT / "examples" / "pretrain_dynmoe.py"), *flags(MODEL), *flags(TRAINING)]
+    words += [str(ROOT / "examples" / "pretrain_dynmoe.py"), *flags(MODEL | ROUTING["dynamic-moe"]), *flags(TRAINING)]
     words += [
         "--bf16",
         "--mock-data",

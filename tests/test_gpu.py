@@ -288,12 +288,17 @@ def test_plan_synchronises_once_and_moves_not_at_all(megatron):
     assert plans[0].rows_sent == chosen.sum().item()
 
 
-def test_bfloat16_training_through_the_entry(tmp_path):
-    from megatron_dynmoe.demo.steps import MODEL, TRAINING, flags
+@pytest.mark.parametrize("preset", ["dynamic-moe", "dynmoe", "moe-plus-plus"])
+def test_bfloat16_training_through_the_entry(tmp_path, preset):
+    """Each router of the demo; DynMoE's updates at iteration 5, so that weights and optimizer state are written to."""
+    from megatron_dynmoe.demo.steps import MODEL, ROUTING, TRAINING, flags
 
+    routing = ROUTING[preset]
+    if preset == "dynmoe":
+        routing = routing | {"moe-record-from": 1, "moe-update-at": 5, "moe-added-expert-init": "copy"}
     metrics = tmp_path / "metrics.jsonl"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
-    command += [str(ROOT / "examples" / "pretrain_dynmoe.py"), *flags(MODEL), *flags(TRAINING)]
+    command += [str(ROOT / "examples" / "pretrain_dynmoe.py"), *flags(MODEL | routing), *flags(TRAINING)]
     command += ["--bf16", "--mock-data", "--split", "100,0,0", "--tokenizer-type", "NullTokenizer"]
     command += ["--vocab-size", "4095", "--train-iters", "10", "--lr-warmup-iters", "2", "--log-interval", "1"]
     command += ["--eval-iters", "0", "--use-distributed-optimizer", "--moe-token-dispatcher-type", "alltoall"]
@@ -306,5 +311,7 @@ def test_bfloat16_training_through_the_entry(tmp_path):
     rows = [row for row in map(json.loads, metrics.read_text().splitlines()) if "lm_loss" in row]
     assert len(rows) >= 9 and rows[-1]["iteration"] == 10
     assert rows[-1]["lm_loss"] < rows[0]["lm_loss"]
-    assert 1 < rows[-1]["experts_per_token"] < 8
+    assert 0.1 < rows[-1]["experts_per_token"] < routing["num-experts"]
+    assert ("zero_tokens" in rows[-1]) == (preset == "moe-plus-plus")
+    assert ("active_experts" in rows[-1]) == (preset == "dynmoe")
     assert (tmp_path / "save" / "latest_checkpointed_iteration.txt").read_text() == "10"
