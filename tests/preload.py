@@ -14,4 +14,12 @@ from megatron_dynmoe import host
 torch.set_num_threads(1)
 host.enable()
 
+import queue  # noqa: E402
+
+from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: E402
+
 import megatron_dynmoe.training.pretrain  # noqa: E402, F401
+
+# Results of checkpoint writers go through a queue in a process of its own, which every saving rank would start anew, at
+# three seconds each. Saves that are not asynchronous write from threads of the rank, for which a plain queue does.
+filesystem_async._results_queue = queue.Queue()

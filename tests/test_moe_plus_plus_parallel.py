@@ -15,6 +15,7 @@ STEPS = 20
 # The dense layer in the middle of MODEL passes the logits on.
 ROUTER = """
     --moe-preset moe-plus-plus --num-experts 4 --moe-router-topk 2 --moe-tau 0.5 --moe-z-loss-coeff 1e-3
+    --global-batch-size 4
 """.split()
 SCALARS = ("lm loss", "grad-norm", "load_balancing_loss", "z_loss", "experts_per_token")
 SCALARS += ("constant_tokens", "copy_tokens", "zero_tokens")
@@ -23,7 +24,7 @@ SCALARS += ("constant_tokens", "copy_tokens", "zero_tokens")
 def flags(layout):
     """The command line of one layout."""
     model = list(MODEL)
-    for flag in ("--moe-preset", "--num-experts", "--moe-z-loss-coeff"):
+    for flag in ("--moe-preset", "--num-experts", "--moe-z-loss-coeff", "--global-batch-size"):
         at = model.index(flag)
         del model[at : at + 2]
     return [*model, *ROUTER, *(LAYOUTS | DISTRIBUTED_OPTIMIZER)[layout][1].split()]
