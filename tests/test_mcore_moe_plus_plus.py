@@ -87,15 +87,14 @@ def check_without_rows() -> None:
     """Positive tokens and a router that sends them to free experts, on one rank or on both; gradients are right."""
     import torch.distributed as dist
 
+    from megatron_dynmoe import reference
     from megatron_dynmoe.config import DynMoEConfig
 
     _setup()
     for unit in ("expert", "rank"):
         for lonely in ([0], [1], [0, 1]):
-            layer = _layer(
-                _config(expert_model_parallel_size=2), DynMoEConfig(rule="top-k", topk=2, dispatch_unit=unit, **FREE)
-            )
-            _filled(layer)
+            dynmoe = DynMoEConfig(rule="top-k", topk=2, dispatch_unit=unit, load_balance_coeff=0.5, **FREE)
+            layer = _filled(_layer(_config(expert_model_parallel_size=2), dynmoe))
             with torch.no_grad():
                 layer.router.weight[:E].abs_().neg_()  # positive tokens avoid FFN experts, negative ones seek them
                 layer.router.weight[E:].abs_()
@@ -109,15 +108,19 @@ def check_without_rows() -> None:
             weights = layer.experts.weight1.grad
             assert weights is not None and (len(lonely) < 2) == bool(weights.abs().sum() > 0)
             if dist.get_rank() in lonely:
-                flat = x.detach().view(-1, D).requires_grad_()
-                probs = torch.softmax(flat @ layer.router.weight.detach().t(), dim=-1)
-                free = probs[:, E:] * torch.zeros(S * B, Z).scatter(1, probs[:, E:].topk(2).indices, 1.0)
-                from megatron_dynmoe import reference
-
-                expected = reference.free_experts(flat, free, layer.free_experts.select, layer.free_experts.values, 1)
+                flat, router = x.detach().view(-1, D).requires_grad_(), layer.router.weight.detach().requires_grad_()
+                probs = torch.softmax(flat @ router.t(), dim=-1)
+                chosen = torch.zeros(S * B, Z).scatter(1, probs[:, E:].topk(2).indices, 1.0)
+                of_experts = layer.free_experts.select, layer.free_experts.values
+                expected = reference.free_experts(flat, probs[:, E:] * chosen, *of_experts, 1)
                 torch.testing.assert_close(out.view(-1, D), expected, rtol=1e-5, atol=1e-5)
-                (gradient,) = torch.autograd.grad(expected.square().sum(), flat)
-                torch.testing.assert_close(x.grad.view(-1, D), gradient, rtol=1e-4, atol=1e-5)
+                # The balance loss hangs on the weights of rows, of which there are none here, and still arrives.
+                balance = 0.5 * dynmoe.tau * (chosen.mean(dim=0) * probs[:, E:].mean(dim=0)).sum()
+                (alone,) = torch.autograd.grad(balance, router, retain_graph=True)
+                assert alone.abs().max() > 1e-3  # a hundred times what would pass unnoticed below
+                wanted = torch.autograd.grad(expected.square().sum() + balance, (flat, router))
+                for mine, theirs in zip((x.grad.view(-1, D), layer.router.weight.grad), wanted, strict=True):
+                    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_tokens_ranks_and_steps_without_a_row(tmp_path):

@@ -95,7 +95,9 @@ def bound_map(
     tokens, free = len(map_TC), config.zero_computation_experts
     experts = map_TC.shape[1] - free
     if config.capacity_gamma is not None:
-        fitting_TC = cap_columns(map_TC, scores_TC, capacities(tokens, experts, config))
+        most = capacities(tokens, experts, config)
+        parts = zip(map_TC.split([experts, free], 1), scores_TC.split([experts, free], 1), most, strict=True)
+        fitting_TC = torch.cat([cap_columns(*part) for part in parts], dim=1)
         map_TC, dropped = fitting_TC, map_TC.sum() - fitting_TC.sum()
     bound = row_bound(tokens, config)
     if bound is not None:
@@ -105,25 +107,25 @@ def bound_map(
     return map_TC, cut, dropped
 
 
-def capacities(tokens: int, experts: int, config: DynMoEConfig) -> list[int]:
-    """Tokens that each expert takes: gamma tau T / (tau N_FFN + N_ZC) an FFN expert, gamma T / (...) another one.
+def capacities(tokens: int, experts: int, config: DynMoEConfig) -> tuple[int, int]:
+    """Tokens that an FFN expert takes, gamma tau T / (tau N_FFN + N_ZC), and a zero-computation one, gamma T / (...).
 
     As printed in Jin et al. 2024, arXiv 2410.07348, eq. 8, there is no factor k: to leave room for k assignments a
     token, gamma has to have it.
     """
     free, tau, gamma = config.zero_computation_experts, config.tau, config.capacity_gamma or 0.0
     unit = gamma * tokens / (tau * experts + free)
-    return [max(int(tau * unit), 1)] * experts + [max(int(unit), 1)] * free
+    return max(int(tau * unit), 1), max(int(unit), 1)
 
 
-def cap_columns(map_TC: Tensor, scores_TC: Tensor, most: list[int]) -> Tensor:
-    """Keep at most ``most[c]`` tokens of each column, those with the highest scores; ties keep the earlier token."""
+def cap_columns(map_TC: Tensor, scores_TC: Tensor, most: int) -> Tensor:
+    """Keep at most ``most`` tokens of each column, those with the highest scores; ties keep the earlier token."""
     chosen_TC = scores_TC.masked_fill(~map_TC, -torch.inf)
     order_TC = chosen_TC.sort(dim=0, descending=True, stable=True).indices
     place_TC = torch.empty_like(order_TC).scatter_(
         0, order_TC, torch.arange(len(map_TC), device=order_TC.device).unsqueeze(1).expand_as(order_TC)
     )
-    return map_TC & (place_TC < torch.tensor(most, device=place_TC.device))
+    return map_TC & (place_TC < most)
 
 
 def weights_without_zero(logits_TC: Tensor, map_TC: Tensor, zero_experts: int) -> Tensor:
