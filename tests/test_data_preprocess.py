@@ -195,8 +195,16 @@ def test_workers_change_nothing(many, shard, tokenizer, tmp_path):
     assert multiprocessing.active_children() == []
 
 
+@pytest.fixture
+def interruptible():
+    """A shell starts what runs in the background with SIGINT ignored, and the tests may be run there."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("signum, error", [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
-def test_interrupted_leaves_nothing(signum, error, many, tokenizer, tmp_path, monkeypatch):
+def test_interrupted_leaves_nothing(signum, error, many, tokenizer, tmp_path, monkeypatch, interruptible):
     count = room._count
     monkeypatch.setattr(encode, "MAX_BATCHES_IN_FLIGHT", 2)
 
