@@ -133,15 +133,19 @@ def draw_map(counts: list[int], generator: torch.Generator) -> Tensor:
     return torch.zeros(tokens, len(counts), dtype=torch.bool).scatter_(1, pair_T2, True)
 
 
-def ffn_part(x_TD: Tensor, map_TE: Tensor, weights_TE: Tensor, case: Case) -> Tensor:
-    """The FFN experts as the library computes them on one rank, planning included."""
+def ffn_part(
+    x_TD: Tensor, map_TE: Tensor, weights_TE: Tensor, case: Case, local: Callable[[], Tensor] | None = None
+) -> Tensor:
+    """The FFN experts as the library computes them on one rank, planning included; ``local`` when rows would travel."""
     from megatron_dynmoe.dispatch import combine, dispatch
     from megatron_dynmoe.experts import grouped_mlp
     from megatron_dynmoe.routing import RoutePlan
 
     plan = RoutePlan.build(map_TE)
     rows, weights, transport = dispatch(x_TD, weights_TE, plan)
-    return combine(grouped_mlp(rows, weights, case.fc1_EGD, case.fc2_EDF, plan.rows_L), transport, len(x_TD))
+    onto_TD = None if local is None else local()
+    out = grouped_mlp(rows, weights, case.fc1_EGD, case.fc2_EDF, plan.rows_L)
+    return combine(out, transport, len(x_TD), onto_TD)
 
 
 def plain(case: Case) -> Tensor:
@@ -152,7 +156,7 @@ def plain(case: Case) -> Tensor:
 def moe_plus_plus(case: Case) -> Tensor:
     """The layer with zero-computation experts."""
     ffn = len(case.fc1_EGD)
-    return fused(case).add_(ffn_part(case.x_TD, case.map_TC[:, :ffn], case.weights_TC[:, :ffn], case))
+    return ffn_part(case.x_TD, case.map_TC[:, :ffn], case.weights_TC[:, :ffn], case, lambda: fused(case))
 
 
 def fused(case: Case) -> Tensor:

@@ -59,6 +59,10 @@ def test_per_rank_rows_by_hand():
 def test_rows_sum_by_token_and_none_gives_zero():
     rows = torch.tensor([[1.0], [2.0], [4.0], [8.0], [16.0]])
     assert TRANSPORTS["expert"](RoutePlan.build(MAP)).unpack_back(rows, 3).flatten().tolist() == [5, 0, 26]
+    onto = torch.tensor([[100.0], [200.0], [300.0]])
+    sums = TRANSPORTS["expert"](RoutePlan.build(MAP)).unpack_back(rows, 3, onto)
+    assert sums.flatten().tolist() == [105, 200, 326]
+    assert sums.data_ptr() == onto.data_ptr()  # no pass over T x D but that of the rows
 
 
 def plan_of(received_PRL, pairs_received_PR):
@@ -118,6 +122,7 @@ def test_sums_over_a_tokens_rows_are_float32(dtype):
     rows = torch.tensor([[256.0], [1.0], [1.0]], dtype=dtype)
     plan = RoutePlan.build(routing_map)
     assert scatter_rows(rows, plan.token_of_row_N, 1).item() == 258
+    assert scatter_rows(rows[1:], plan.token_of_row_N[1:], 1, rows[:1].clone()).item() == 258
 
 
 @pytest.mark.parametrize(
@@ -132,22 +137,27 @@ def test_sums_over_a_tokens_rows_are_float32(dtype):
     ids=["no row", "all to all", "no token", "one token", "all to one expert"],
 )
 @pytest.mark.parametrize("unit", ["expert", "rank"])
-def test_nothing_lost_nothing_padded(routing_map, unit):
+@pytest.mark.parametrize("onto", [None, torch.float32, torch.bfloat16], ids=["alone", "onto", "onto bfloat16"])
+def test_nothing_lost_nothing_padded(routing_map, unit, onto):
     tokens, experts = routing_map.shape
     x = torch.randn(tokens, 2, requires_grad=True)
     weights = torch.where(routing_map, torch.rand(tokens, experts), 0.0).requires_grad_()
     plan = RoutePlan.build(routing_map)
     rows, row_weights, transport = dispatch(x, weights, plan, unit=unit)
     assert rows.shape[0] == row_weights.shape[0] == plan.rows_sent == int(routing_map.sum())
-    out = combine(rows * row_weights.unsqueeze(1), transport, tokens)
-    expected = x * weights.sum(dim=1, keepdim=True)
-    # each is a sum of at most three float32 products
-    assert torch.allclose(out, expected, rtol=1e-6, atol=1e-6)
+    rows, start = rows * row_weights.unsqueeze(1), torch.randn(tokens, 2, dtype=onto, requires_grad=True)
+    rows = rows.to(start.dtype)
+    out = combine(rows, transport, tokens, None if onto is None else (start * 3).view(tokens, 1, 2)[:, 0])
+    expected = x * torch.where(routing_map, weights, 0).sum(dim=1, keepdim=True)
+    expected = expected if onto is None else (expected + (start * 3).float()).to(onto)
+    # each is a sum of at most four float32 products; in bfloat16 the rows, of size 10 and less, and the sum are rounded
+    near = {"rtol": 1e-6, "atol": 1e-6} if onto != torch.bfloat16 else {"rtol": 2**-7, "atol": 10 * 2**-7}
+    assert torch.allclose(out, expected, **near)
     grad = torch.randn_like(out)
-    got = torch.autograd.grad(out, (x, weights), grad)
-    wanted = torch.autograd.grad(torch.where(routing_map, weights, 0).sum(1, keepdim=True) * x, (x, weights), grad)
+    got = torch.autograd.grad(out, (x, weights, start), grad, allow_unused=onto is None)
+    wanted = torch.autograd.grad(expected, (x, weights, start), grad, allow_unused=onto is None)
     for a, b in zip(got, wanted, strict=True):
-        assert torch.allclose(a, b, rtol=1e-6, atol=1e-6)
+        assert (a is None) == (b is None) and (a is None or torch.allclose(a, b, **near))
 
 
 def test_plan_refuses_what_is_no_map():

@@ -5,6 +5,7 @@ import torch
 
 from megatron_dynmoe import reference
 from megatron_dynmoe.experts import zero_computation
+from megatron_dynmoe.experts.zero_computation import _TOKENS
 
 D = 10
 
@@ -42,6 +43,21 @@ def test_equals_the_loop(constants, copies, zeros):
         torch.testing.assert_close(mine, theirs.expand_as(mine), rtol=1e-11, atol=1e-12, check_dtype=False)
 
 
+def test_more_tokens_than_a_block_holds():
+    """Two whole blocks and a part: gradients of the experts' parameters are sums over them."""
+    tensors = problem(tokens=2 * _TOKENS + 3)
+    got, expected = zero_computation(*tensors.values(), copies=1), reference.free_experts(*tensors.values(), 1)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    upstream = torch.randn(got.shape, dtype=got.dtype)
+    for mine, theirs in zip(
+        torch.autograd.grad(got, list(tensors.values()), upstream),
+        torch.autograd.grad(expected, list(tensors.values()), upstream),
+        strict=True,
+    ):
+        # float64, sums over two thousand tokens in another order
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
+
+
 def test_by_hand():
     """One token (3, 4): a constant expert with equal halves and v = (1, 0), a copy, a zero expert."""
     x = torch.tensor([[3.0, 4.0]])
@@ -69,9 +85,18 @@ def test_bfloat16_error_is_that_of_rounding():
     tensors = {name: tensor.detach() for name, tensor in problem().items()}
     low = {name: tensor if name == "weights" else tensor.bfloat16() for name, tensor in tensors.items()}
     low["weights"] = low["weights"].float()
-    got = zero_computation(*low.values(), copies=1)
-    assert got.dtype == torch.bfloat16
-    exact = reference.free_experts(*(tensor.double() for tensor in low.values()), 1)
-    plain = reference.free_experts(*(tensor.bfloat16() for tensor in low.values()), 1).double()
-    # twice the error of the plain version in the same dtype
-    assert (got.double() - exact).abs().max() <= 2 * (plain - exact).abs().max()
+    upstream = torch.randn(40, D, generator=torch.Generator().manual_seed(1)).bfloat16()
+
+    def results(compute, dtypes):
+        given = [tensor.to(dtype).requires_grad_() for tensor, dtype in zip(low.values(), dtypes, strict=True)]
+        out = compute(*given)
+        return [out, *torch.autograd.grad(out, given, upstream.to(out.dtype))]
+
+    b, f, d = torch.bfloat16, torch.float32, torch.float64
+    got = results(lambda *given: zero_computation(*given, copies=1), [b, f, b, b])
+    exact = results(lambda *given: reference.free_experts(*given, 1), [d] * 4)
+    plain = results(lambda *given: reference.free_experts(*given, 1), [b] * 4)
+    assert [one.dtype for one in got] == [b, b, f, b, b]
+    for mine, right, theirs in zip(got, exact, plain, strict=True):
+        # twice the error of the plain version in the same dtype
+        assert (mine - right).abs().max() <= 2 * (theirs - right).abs().max()

@@ -51,7 +51,11 @@ def dispatch(
     return *transport.unpack(rows, weights), transport
 
 
-def combine(rows_ND: Tensor, transport: Transport, num_tokens: int) -> Tensor:
-    """The experts' weighted outputs back to [T, D], summed over each token's experts."""
+def combine(rows_ND: Tensor, transport: Transport, num_tokens: int, onto_TD: Tensor | None = None) -> Tensor:
+    """The experts' weighted outputs back to [T, D], summed over each token's experts.
+
+    Args:
+        onto_TD: the output of experts that needed no row, which the sums are added to; it may be overwritten.
+    """
     (rows,) = transport.start_back(transport.repack(rows_ND)).wait()
-    return transport.unpack_back(rows, num_tokens)
+    return transport.unpack_back(rows, num_tokens, onto_TD)

@@ -9,10 +9,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def scatter_add(rows_ND: Tensor, index_N: Tensor, size: int) -> Tensor:
-    """out[index[n]] += rows[n], summed in float32, in the dtype of ``rows``; no autograd."""
-    wide = torch.promote_types(rows_ND.dtype, torch.float32)
-    out = torch.zeros(size, *rows_ND.shape[1:], dtype=wide, device=rows_ND.device)
+def _wide(rows: Tensor) -> torch.dtype:
+    return torch.promote_types(rows.dtype, torch.float32)
+
+
+def scatter_add(rows_ND: Tensor, index_N: Tensor, size: int, onto_TD: Tensor | None = None) -> Tensor:
+    """out[index[n]] += rows[n] from ``onto`` or zeros, summed in float32, in the dtype of ``rows``; no autograd."""
+    wide = _wide(rows_ND)
+    if onto_TD is None:
+        out = torch.zeros(size, *rows_ND.shape[1:], dtype=wide, device=rows_ND.device)
+    else:
+        out = onto_TD.to(wide)
     return out.index_add_(0, index_N, rows_ND.to(wide)).to(rows_ND.dtype)
 
 
@@ -30,13 +37,14 @@ class _Gather(torch.autograd.Function):
 
 class _Scatter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows_ND: Tensor, index_N: Tensor, size: int) -> Tensor:
+    def forward(ctx, rows_ND: Tensor, index_N: Tensor, size: int, onto_TD: Tensor | None) -> Tensor:
         ctx.save_for_backward(index_N)
-        return scatter_add(rows_ND, index_N, size)
+        return scatter_add(rows_ND, index_N, size, onto_TD)
 
     @staticmethod
-    def backward(ctx, grad_TD: Tensor) -> tuple[Tensor, None, None]:
-        return grad_TD.index_select(0, ctx.saved_tensors[0]), None, None
+    def backward(ctx, grad_TD: Tensor) -> tuple[Tensor, None, None, Tensor | None]:
+        to_onto_TD = grad_TD if ctx.needs_input_grad[3] else None
+        return grad_TD.index_select(0, ctx.saved_tensors[0]), None, None, to_onto_TD
 
 
 def gather_rows(x_TD: Tensor, index_N: Tensor) -> Tensor:
@@ -44,9 +52,15 @@ def gather_rows(x_TD: Tensor, index_N: Tensor) -> Tensor:
     return _Gather.apply(x_TD, index_N)
 
 
-def scatter_rows(rows_ND: Tensor, index_N: Tensor, size: int) -> Tensor:
-    """Sum rows by index: [N, D] to [size, D]; an index that no row has gets 0."""
-    return _Scatter.apply(rows_ND, index_N, size)
+def scatter_rows(rows_ND: Tensor, index_N: Tensor, size: int, onto_TD: Tensor | None = None) -> Tensor:
+    """Sum rows by index: [N, D] to [size, D]; an index that no row has gets 0.
+
+    Args:
+        onto_TD: [size, D] in the dtype of the rows, to start from instead of zeros; it may be overwritten.
+    """
+    if onto_TD is not None and onto_TD.dtype == _wide(rows_ND):
+        return onto_TD.index_add_(0, index_N, rows_ND)  # autograd's own, which knows what to do where it is a view
+    return _Scatter.apply(rows_ND, index_N, size, onto_TD)
 
 
 class _Start(torch.autograd.Function):
@@ -145,5 +159,4 @@ def reduce_scatter_over(rows: Tensor, sizes_P: list[int], group: dist.ProcessGro
     """The reverse of :func:`gather_over`: sum over ranks, in float32; each keeps the part that is its own."""
     mine = sizes_P[dist.get_rank(group)]
     parts = all_to_all(rows, [mine] * len(sizes_P), sizes_P, group)
-    wide = torch.promote_types(rows.dtype, torch.float32)
-    return parts.view(len(sizes_P), mine, *rows.shape[1:]).sum(dim=0, dtype=wide).to(rows.dtype)
+    return parts.view(len(sizes_P), mine, *rows.shape[1:]).sum(dim=0, dtype=_wide(rows)).to(rows.dtype)

@@ -34,9 +34,9 @@ class PerExpertTransport(Transport):
         rows, sizes = ungroup_by_expert(rows_ND, self.plan), self.plan.gathered_splits("expert")
         return reduce_scatter_over(rows, sizes, self.tensor_group) if len(sizes) > 1 else rows
 
-    def unpack_back(self, rows: Tensor, num_tokens: int) -> Tensor:
+    def unpack_back(self, rows: Tensor, num_tokens: int, onto_TD: Tensor | None = None) -> Tensor:
         """Sum the rows of each token."""
-        return scatter_rows(rows, self.plan.token_of_row_N, num_tokens)
+        return scatter_rows(rows, self.plan.token_of_row_N, num_tokens, onto_TD)
 
 
 def group_by_expert(rows: Tensor, plan: RoutePlan) -> Tensor:

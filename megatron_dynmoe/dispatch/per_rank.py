@@ -48,6 +48,6 @@ class PerRankTransport(Transport):
         rows, sizes = scatter_rows(rows_ND, self._row_N, self._arrived), self.plan.gathered_splits("rank")
         return reduce_scatter_over(rows, sizes, self.tensor_group) if len(sizes) > 1 else rows
 
-    def unpack_back(self, rows: Tensor, num_tokens: int) -> Tensor:
+    def unpack_back(self, rows: Tensor, num_tokens: int, onto_TD: Tensor | None = None) -> Tensor:
         """Sum the rows of each token, one from each rank it visited."""
-        return scatter_rows(rows, self.plan.pair_index_M2[:, 1], num_tokens)
+        return scatter_rows(rows, self.plan.pair_index_M2[:, 1], num_tokens, onto_TD)

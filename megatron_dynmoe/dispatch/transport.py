@@ -71,5 +71,9 @@ class Transport(ABC):
         return Flight((Exchange(rows, sent, received, self.group),))
 
     @abstractmethod
-    def unpack_back(self, rows: Tensor, num_tokens: int) -> Tensor:
-        """Sum the rows of each token: [M, D] to [T, D]; a token without rows gets 0."""
+    def unpack_back(self, rows: Tensor, num_tokens: int, onto_TD: Tensor | None = None) -> Tensor:
+        """Sum the rows of each token: [M, D] to [T, D]; a token without rows gets 0.
+
+        Args:
+            onto_TD: what the sums are added to, in the dtype of the rows; it may be overwritten.
+        """

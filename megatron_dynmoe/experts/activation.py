@@ -7,11 +7,13 @@ what lies between stays in the cache: that halves its time there (benchmarks/lay
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from megatron_dynmoe.experts.blocks import blocks
 
 # Elements of [block, F] that a CPU thread works on at once: half a megabyte in float32, a few of which fit its cache.
 _ELEMENTS_PER_THREAD = 1 << 17
@@ -39,7 +41,7 @@ class _GatedActivation(torch.autograd.Function):
         ctx.save_for_backward(hidden_NG, weights_N)
         ctx.activation = activation
         out_NF = hidden_NG.new_empty(hidden_NG.shape[0], hidden_NG.shape[1] // 2)
-        for hidden, weights, out in _blocks(hidden_NG, weights_N, out_NF):
+        for hidden, weights, out in blocks(_rows(hidden_NG), hidden_NG, weights_N, out_NF):
             gate, up = hidden.chunk(2, dim=-1)
             out.copy_(activation(gate) * up * weights.unsqueeze(-1))
         return out_NF
@@ -49,8 +51,8 @@ class _GatedActivation(torch.autograd.Function):
     def backward(ctx, grad_NF: Tensor) -> tuple[Tensor, Tensor, None]:
         hidden_NG, weights_N = ctx.saved_tensors
         hidden_grad, weights_grad = torch.empty_like(hidden_NG), torch.empty_like(weights_N)
-        for hidden, weights, grad, to_hidden, to_weights in _blocks(
-            hidden_NG, weights_N, grad_NF, hidden_grad, weights_grad
+        for hidden, weights, grad, to_hidden, to_weights in blocks(
+            _rows(hidden_NG), hidden_NG, weights_N, grad_NF, hidden_grad, weights_grad
         ):
             gate, up = hidden.chunk(2, dim=-1)
             to_gate, to_up = to_hidden.chunk(2, dim=-1)
@@ -72,9 +74,5 @@ def _with_pull_back(activation: Activation, gate: Tensor) -> tuple[Tensor, Activ
     return active.detach(), lambda grad: torch.autograd.grad(active, gate, grad)[0]
 
 
-def _blocks(first_NF: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    if first_NF.device.type == "cpu":
-        rows = max(1, _ELEMENTS_PER_THREAD * torch.get_num_threads() * 2 // first_NF.shape[1])
-    else:  # a GPU's cache holds no block that would keep all of it busy
-        rows = max(1, first_NF.shape[0])
-    return zip(*(tensor.split(rows) for tensor in (first_NF, *others)), strict=True)
+def _rows(hidden_NG: Tensor) -> int:
+    return max(1, _ELEMENTS_PER_THREAD * torch.get_num_threads() * 2 // hidden_NG.shape[1])

@@ -45,6 +45,7 @@ class VariableKAllToAllDispatcher(MoETokenDispatcher):
         self.counts_on_device = False  # set where the experts take them from there, which spares a copy
         self.pending: PendingPlan | None = None
         self.transport: Transport | None = None
+        self.onto: Tensor | None = None  # [S, B, D]: what the next combine adds its sums to; it may be overwritten
 
     def begin(self, routing_map: Tensor) -> None:
         """Send the counts on their way as soon as the map exists; what follows in the router runs meanwhile."""
@@ -141,13 +142,16 @@ class VariableKAllToAllDispatcher(MoETokenDispatcher):
         return rows
 
     def combine_postprocess(self, hidden_states: Tensor) -> Tensor:
-        """Sum each token's rows to [S, B, D]; plus the overlapped shared experts."""
+        """Sum each token's rows to [S, B, D]; plus ``onto`` and the overlapped shared experts."""
         map_TE, width = self.transport.plan.map_TE, self.hidden_shape[-1]
+        onto, self.onto = self.onto, None
+        onto_TD = None if onto is None else onto.view(-1, width)
         if self._fused:
             shape = torch.Size((map_TE.shape[0], width))
             out = unpermute(hidden_states, self.row_id_map, shape, routing_map=map_TE, fused=True)
+            out = out if onto_TD is None else onto_TD.add_(out)
         else:
-            out = self.transport.unpack_back(hidden_states, map_TE.shape[0])
+            out = self.transport.unpack_back(hidden_states, map_TE.shape[0], onto_TD)
         out = out.view(self.hidden_shape)
         if self.shared_experts is not None:
             out = out + self.shared_experts.get_output()

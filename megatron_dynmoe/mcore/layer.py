@@ -161,6 +161,8 @@ class DynMoELayer(MoELayer):
         elif self.free_experts is not None:
             self._free = self.free_experts(self._expert_input(hidden), self.router.free_weights_TZ)
         free, self._free = self._free, None
+        if isinstance(self.token_dispatcher, VariableKAllToAllDispatcher):
+            self.token_dispatcher.onto, free = free, None
         output = super().postprocess(output, None if self.mixer is not None else shared_expert_output)
         if free is not None:
             output = free.add_(output)
