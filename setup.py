@@ -6,7 +6,7 @@ from setuptools import find_packages, setup
 
 README = Path(__file__).with_name("README.md")
 
-# What a training run imports. megatron-core is pinned: the library subclasses it, and host.py knows its internals.
+# What a training run imports. megatron-core is pinned: the library subclasses it, and host/ knows its internals.
 REQUIRES = [
     "torch>=2.11,<2.14",
     "megatron-core==0.19.2",

@@ -117,7 +117,7 @@ def _import_torch() -> Any:
 
 def _torch_rows(torch: Any) -> Iterator[Row]:
     yield Row("torch", torch and torch.__version__, "tensors, autograd, grouped GEMM", "nothing runs")
-    yield Row("CUDA", _cuda(torch), "training on GPUs, bfloat16", "the CPU, gloo, float32 (host.py)")
+    yield Row("CUDA", _cuda(torch), "training on GPUs, bfloat16", "the CPU, gloo, float32 (host)")
     nccl = torch is not None and torch.cuda.is_available() and torch.distributed.is_nccl_available()
     version = ".".join(map(str, torch.cuda.nccl.version())) if nccl else None
     yield Row("NCCL", version, "collectives between GPUs", "gloo")

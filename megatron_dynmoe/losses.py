@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from megatron_dynmoe.config import COEFFICIENTS
+
 if TYPE_CHECKING:
     from megatron_dynmoe.config import DynMoEConfig
     from megatron_dynmoe.routing import Routing
@@ -164,6 +166,11 @@ class Totals:
     tokens: Tensor
     routed_tokens: Tensor
     ranks: int
+
+
+def has_losses(config: DynMoEConfig) -> bool:
+    """Whether :func:`router_losses` gives any, so that nobody counts for none."""
+    return any(getattr(config, name) for name in (*COEFFICIENTS, "z_loss_coeff"))
 
 
 def router_losses(

@@ -1,6 +1,7 @@
 """DynMoE's gate and rule: by hand, against reference.py, gradients by a derivation, what is not chosen, losses."""
 
 import math
+from dataclasses import fields
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from megatron_dynmoe.losses import (
     Totals,
     diversity_loss,
     efficiency_loss,
+    has_losses,
     load_balance_loss,
     router_losses,
     simplicity_loss,
@@ -203,3 +205,17 @@ def test_ranks_shares_of_all_losses_add_up():
     for name, (_, loss) in results[0].items():
         # one float64 sum against the sum of two
         assert loss.item() == pytest.approx((results[1][name][1] + results[2][name][1]).item(), rel=1e-12), name
+
+
+LOSSES = [field.name for field in fields(DynMoEConfig) if field.name.endswith("_coeff")]
+
+
+@pytest.mark.parametrize("coeff", [None, *LOSSES])
+def test_nobody_counts_where_no_loss_is_on(coeff):
+    kind = {"rule": "top-p"} if coeff == "entropy_coeff" else {"gate": "cosine", "rule": "top-any"}
+    config = DynMoEConfig(**kind, **dict.fromkeys(LOSSES, 0.0) | ({} if coeff is None else {coeff: 0.5}))
+    x, weight, parameters = problem()
+    routing = route(x, weight, config, parameters=parameters)
+    totals = Totals(routing.map_TE.sum(dim=0), torch.tensor(50.0), torch.tensor(50.0), 1)
+    losses = router_losses(routing, config, totals, weight)
+    assert len(losses) == int(has_losses(config)) == int(coeff is not None)

@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_dynmoe.config import DynMoEConfig
-from megatron_dynmoe.losses import Totals, router_losses
+from megatron_dynmoe.losses import Totals, has_losses, router_losses
 from megatron_dynmoe.mcore.tracker import RoutingTracker
 from megatron_dynmoe.routers import GATES, RULES, route
 from megatron_dynmoe.routing import Routing
@@ -154,6 +154,8 @@ class DynamicRouter(Router):
 
     def _attach_losses(self, routing: Routing, valid_T: Tensor | None) -> Tensor:
         """Weighted losses, logged per layer, attached to the weights so that backward reaches them."""
+        if not has_losses(self.dynmoe):
+            return routing.weights_TE
         if valid_T is not None:
             kept = {
                 name: getattr(routing, name)[valid_T]
@@ -163,8 +165,6 @@ class DynamicRouter(Router):
         else:
             counted = routing
         losses = router_losses(counted, self.dynmoe, totals := self._totals(counted.map_TC), self.weight, self.active_E)
-        if not losses:
-            return routing.weights_TE
         for name, (_, loss) in losses.items():
             self._log(name, loss)
         total = sum(coeff * loss for coeff, loss in losses.values())
