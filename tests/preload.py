@@ -16,6 +16,7 @@ host.enable()
 
 import queue  # noqa: E402
 
+import megatron.core.tokenizers.text  # noqa: E402, F401  (the null tokenizer of the tests brings transformers along)
 from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: E402
 
 import megatron_dynmoe.training.pretrain  # noqa: E402, F401
