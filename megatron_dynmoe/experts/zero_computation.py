@@ -18,7 +18,7 @@ from torch.nn.functional import linear
 
 from megatron_dynmoe.experts.blocks import blocks
 
-# Tokens of a block. With 300 or fewer the thin GEMMs lose what the cache gains.
+# Tokens of a block: fewer make the GEMMs too small, more fall out of the cache.
 _TOKENS = 1024
 
 
