@@ -7,21 +7,16 @@ memory.
 """
 
 import json
-import multiprocessing
 import os
-import signal
-import threading
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
-from megatron_dynmoe.data.errors import DataError
 from megatron_dynmoe.data.shards import LineBatch
 from megatron_dynmoe.data.tokenizers import Encoder, TokenizerFile
+from megatron_dynmoe.data.workers import map_in_order
 
 # with batches of half a megabyte: 32 MB, enough to keep workers busy while the parent imports Megatron
 MAX_BATCHES_IN_FLIGHT = 64
@@ -133,51 +128,12 @@ def encode_all(batches: Iterable[LineBatch], job: EncodeJob, *, workers: int) ->
     Close the iterator to stop early: its workers end with it. Raises DataError when a worker dies.
     """
     if workers == 1:
-        encoder = job.tokenizer.load()
-        for batch in batches:
-            yield encode_lines(batch, job, encoder)
-        return
-    others = set(multiprocessing.active_children())
-    context = multiprocessing.get_context("spawn")  # this process may hold torch's threads, which a fork would break
-    executor = ProcessPoolExecutor(workers, context, _start_worker, (job,))
-    try:
-        pending: deque[Future[EncodedBatch]] = deque()
-        for batch in batches:
-            pending.append(executor.submit(_encode_in_worker, batch))
-            if len(pending) == MAX_BATCHES_IN_FLIGHT:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    except BrokenProcessPool:
-        raise DataError("a preprocessing worker died (killed, or out of memory); use fewer workers.") from None
-    finally:
-        # whatever is still pending is not wanted: on the way to an error, or after everything was collected
-        executor.shutdown(wait=False, cancel_futures=True)
-        for process in set(multiprocessing.active_children()) - others:
-            process.terminate()
-            process.join()
+        yield from map(_start(job), batches)
+    else:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are the parallelism
+        yield from map_in_order(_start, job, batches, workers=workers, in_flight=MAX_BATCHES_IN_FLIGHT)
 
 
-# what a worker process was started with
-_worker: tuple[EncodeJob, Encoder]
-
-
-def _start_worker(job: EncodeJob) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent ends the workers
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    global _worker
-    _worker = (job, job.tokenizer.load())
-
-
-def _end_with_parent() -> None:
-    """A parent that was killed outright cannot end its workers; they watch for it."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None  # only worker processes run this
-    parent.join()
-    os._exit(1)
-
-
-def _encode_in_worker(batch: LineBatch) -> EncodedBatch:
-    job, encoder = _worker
-    return encode_lines(batch, job, encoder)
+def _start(job: EncodeJob) -> Callable[[LineBatch], EncodedBatch]:
+    """What a process needs once before it encodes: the tokenizer, loaded."""
+    return partial(encode_lines, job=job, encoder=job.tokenizer.load())

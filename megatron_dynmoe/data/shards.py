@@ -8,6 +8,8 @@ the end of its frame.
 
 import glob
 import gzip
+import os
+import stat
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -38,33 +40,65 @@ class LineBatch:
 def expand_inputs(inputs: Iterable[str | Path]) -> list[Path]:
     """The shards that files, globs and folders name, in a fixed order and each once.
 
-    A folder stands for every ``.jsonl``, ``.jsonl.gz`` and ``.jsonl.zst`` below it **except held-out shards**
-    (``heldout-*``), so that handing over a whole corpus cannot train on them; a glob or a file that names them does
-    get them.
+    A folder stands for every ``.jsonl``, ``.jsonl.gz`` and ``.jsonl.zst`` below it, links followed, **except held-out
+    shards** (``heldout-*``), so that handing over a whole corpus cannot train on them; a glob or a file that names them
+    does get them.
 
-    Raises DataError when an input matches nothing or is neither a file nor a folder.
+    Raises DataError when an input matches nothing, or where a shard's name stands on something that is no file: a pipe,
+    a device, a link that leads nowhere, a folder without shards.
     """
     found: dict[Path, None] = {}
     for item in inputs:
         path = Path(item)
         if path.is_dir():
-            shards = [
-                p for p in sorted(path.rglob("*")) if p.name.endswith(SUFFIXES) and not p.name.startswith(HELDOUT)
-            ]
+            shards = _shards_below(path)
             if not shards:
                 raise DataError(
                     f"{item}: the folder holds no training shard; expected files ending in {', '.join(SUFFIXES)}."
                 )
-        elif path.is_file():
+        elif os.path.lexists(path):
             shards = [path]
         else:
-            shards = [Path(p) for p in sorted(glob.glob(str(item), recursive=True)) if Path(p).is_file()]
+            shards = [Path(p) for p in sorted(glob.glob(str(item), recursive=True))]
+            shards = [p for p in shards if not p.is_dir() or p.name.endswith(SUFFIXES)]
             if not shards:
                 raise DataError(
                     f"{item}: no such file; give a jsonl file, a glob that matches some, or a folder of them."
                 )
+        for shard in shards:
+            _check_file(shard)
         found.update(dict.fromkeys(shards))
     return list(found)
+
+
+def _shards_below(root: Path) -> list[Path]:
+    """What has a shard's name below ``root``, whatever it is; a folder only if it holds no shard itself."""
+    named: list[Path] = []
+    seen: set[tuple[int, int]] = set()
+    for folder, folders, files in os.walk(root, followlinks=True, onerror=_unreadable):
+        here = os.stat(folder)
+        if (here.st_dev, here.st_ino) in seen:  # a link to a folder above it
+            folders.clear()
+            continue
+        seen.add((here.st_dev, here.st_ino))
+        named += [Path(folder, n) for n in [*files, *folders] if n.endswith(SUFFIXES) and not n.startswith(HELDOUT)]
+    return sorted(p for p in named if not (p.is_dir() and any(p in other.parents for other in named)))
+
+
+def _unreadable(error: OSError) -> None:
+    raise DataError(f"{error.filename}: the folder cannot be read ({error.strerror}); accepted: a readable one.")
+
+
+def _check_file(path: Path) -> None:
+    """Raises DataError for what is no file, or would block a reader: opening a named pipe waits for a writer."""
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        where = f" (a link to {os.readlink(path)})" if path.is_symlink() else ""
+        raise DataError(f"{path}: cannot be read{where}: {error.strerror}; accepted: a file.") from None
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_IFIFO: "a named pipe", stat.S_IFDIR: "a folder without shards", stat.S_IFSOCK: "a socket"}
+        raise DataError(f"{path}: is {kinds.get(stat.S_IFMT(mode), 'a device')}; accepted: a file.")
 
 
 def open_shard(path: Path):
@@ -79,8 +113,15 @@ def open_shard(path: Path):
 def read_batches(path: Path, *, batch_bytes: int = 1 << 19) -> Iterator[LineBatch]:
     """Whole lines of a shard in batches of about ``batch_bytes`` bytes; a longer line is a batch of its own.
 
-    Raises DataError when a compressed shard is cut short or damaged.
+    Raises DataError when a shard cannot be read, or a compressed one is cut short or damaged.
     """
+    try:
+        yield from _read_batches(path, batch_bytes)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); accepted: a readable file.") from None
+
+
+def _read_batches(path: Path, batch_bytes: int) -> Iterator[LineBatch]:
     with path.open("rb") as raw:
         pending: list[bytes] = []
         size, first_line, told = 0, 1, 0
