@@ -127,7 +127,7 @@ def _end(team: list[_Worker]) -> None:
 
 
 def _work(pipe: Connection, start: Callable[[Any], Callable], argument: Any) -> None:
-    """A worker's life: one thread takes jobs, one gives results, and this one computes, so that none waits for another."""
+    """One thread takes jobs, one gives results, and this one computes, so that none waits for another."""
     jobs: queue.SimpleQueue = queue.SimpleQueue()
     results: queue.SimpleQueue = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(pipe, jobs), daemon=True).start()
