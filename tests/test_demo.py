@@ -173,9 +173,12 @@ def test_summary_has_the_named_keys_and_the_right_rows(trained: Path) -> None:
 
 
 def test_sample_begins_at_the_prompt() -> None:
-    assert sample_of(f"Loading weights: 100%\n{steps.PROMPT}    return 1\n") == f"{steps.PROMPT}    return 1"
-    with pytest.raises(DemoError, match="does not repeat the prompt"):
-        sample_of("Loading weights: 100%\n")
+    code, prose = steps.PROMPTS
+    said = f"{code}    return 1\n\n---\n{prose} are"
+    assert sample_of(f"Loading weights: 100%\n{said}\n") == said
+    for missing in ("", code, prose):
+        with pytest.raises(DemoError, match="does not repeat the prompt"):
+            sample_of(f"Loading weights: 100%\n{missing}\n")
 
 
 def test_summary_refuses_a_second_half_that_did_not_resume(trained: Path) -> None:

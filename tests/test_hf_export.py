@@ -219,8 +219,27 @@ def test_with_its_tokenizer_the_model_speaks(tmp_path: Path, capsys, keep_signal
         json.loads((tmp_path / "out" / f).read_text()) for f in ("config.json", "generation_config.json")
     )
     assert (config["vocab_size"], config["eos_token_id"], generation["eos_token_id"]) == (300, 2, 2)
-    assert program("generate").main(["--model", out, "--prompt", "the state of", "--max-new-tokens", "4"]) == 0
-    assert capsys.readouterr().out.startswith("the state of")
+    generate = ["--model", out, "--max-new-tokens", "32"]
+    assert program("generate").main([*generate, "--prompt", "the state of"]) == 0
+    assert (greedy := capsys.readouterr().out).startswith("the state of")
+    texts = []
+    for seed, prompts in ((1, ["the state of"]), (1, ["a", "the state of"]), (2, ["the state of"])):
+        sampled = ["--temperature", "1", "--seed", str(seed), "--prompt", *prompts]
+        assert program("generate").main([*generate, *sampled]) == 0
+        texts.append(capsys.readouterr().out)
+    # the seed decides, and not the prompts beside it
+    assert texts[1].startswith("a") and texts[1].endswith(f"\n---\n{texts[0]}")
+    assert len({greedy, texts[0], texts[2]}) == 3
+
+
+@pytest.mark.parametrize(
+    "flag, value",
+    [("--temperature", "-1"), ("--temperature", "nan"), ("--max-new-tokens", "0"), ("--seed", "-1")],
+)
+def test_generate_refuses_nonsense(flag, value, capsys) -> None:
+    with pytest.raises(SystemExit) as refused:
+        program("generate").main(["--model", "out", "--prompt", "a", flag, value])
+    assert refused.value.code == 2 and f"{flag} is {value}" in capsys.readouterr().err.replace("-1.0", "-1")
 
 
 def train_tokenizer(folder: Path) -> Path:

@@ -20,7 +20,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = ("tools", "examples")
 SUBSETS = ("code", "docs")
-PROMPT = "def read_lines(path):\n"
+PROMPTS = ("def read_lines(path):\n", "The following options")  # one for each subset
 
 CORPUS_MEGABYTES = 24
 VOCABULARY = 4096
@@ -203,8 +203,11 @@ def model_steps(folder: Path) -> list[Step]:
         Step("export", "export the checkpoint to Hugging Face format", export),
         Step(
             "generate",
-            "load it with AutoModelForCausalLM and generate",
-            tool("generate", model=model, prompt=PROMPT, max_new_tokens=48),
+            "load it with AutoModelForCausalLM and sample",
+            [
+                *tool("generate", model=model, max_new_tokens=48, temperature=0.8, seed=TRAINING["seed"]),
+                *("--prompt", *PROMPTS),
+            ],
         ),
     ]
 

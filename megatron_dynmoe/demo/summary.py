@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dynmoe.demo.runner import read_metrics
-from megatron_dynmoe.demo.steps import PROMPT, SAVED_AT, DemoError, metrics_file, shown
+from megatron_dynmoe.demo.steps import PROMPTS, SAVED_AT, DemoError, metrics_file, shown
 
 
 def summarize(folder: Path, sample: str) -> dict[str, Any]:
@@ -44,17 +44,17 @@ def summarize(folder: Path, sample: str) -> dict[str, Any]:
 
 
 def sample_of(output: str) -> str:
-    """What the model said: the output of the last step from the prompt on, without the progress of loading before it.
+    """What the model said: the output of the last step from the first prompt on, without the progress of loading.
 
     Raises:
-        DemoError: the prompt is not in it.
+        DemoError: a prompt is not in it.
     """
-    _, prompt, continuation = output.rpartition(PROMPT)
-    if not prompt:
-        raise DemoError(
-            f"the output of the last step does not repeat the prompt {PROMPT!r}, so there is no sample in it."
-        )
-    return (prompt + continuation).rstrip()
+    for prompt in PROMPTS:
+        if prompt not in output:
+            raise DemoError(
+                f"the output of the last step does not repeat the prompt {prompt!r}, so there is no sample in it."
+            )
+    return output[output.index(PROMPTS[0]) :].rstrip()
 
 
 def table(summary: dict[str, Any]) -> str:
