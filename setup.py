@@ -17,7 +17,7 @@ REQUIRES = [
     "psutil",  # megatron.core's checkpoint writer
     "sentencepiece",
     "tokenizers",
-    "transformers>=5.0",
+    "transformers>=5.2",  # what the exported modeling code imports is not in 5.1
     "safetensors",
     "tqdm",
     "tensorboard",
