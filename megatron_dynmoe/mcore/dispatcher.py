@@ -45,6 +45,7 @@ class VariableKAllToAllDispatcher(MoETokenDispatcher):
         self.counts_on_device = False  # set where the experts take them from there, which spares a copy
         self.pending: PendingPlan | None = None
         self.transport: Transport | None = None
+        self.row_id_map: Tensor | None = None
         self.onto: Tensor | None = None  # [S, B, D]: what the next combine adds its sums to; it may be overwritten
 
     def begin(self, routing_map: Tensor) -> None:
@@ -152,6 +153,7 @@ class VariableKAllToAllDispatcher(MoETokenDispatcher):
             out = out if onto_TD is None else onto_TD.add_(out)
         else:
             out = self.transport.unpack_back(hidden_states, map_TE.shape[0], onto_TD)
+        self.transport = self.row_id_map = None  # their indices are as long as the rows; the graph keeps what it needs
         out = out.view(self.hidden_shape)
         if self.shared_experts is not None:
             out = out + self.shared_experts.get_output()

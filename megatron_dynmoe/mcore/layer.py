@@ -171,4 +171,5 @@ class DynMoELayer(MoELayer):
         if self.dynmoe.gating_residual:
             logits = self.router.logits_TC.view(*output.shape[:-1], -1)
             output = torch.cat([output, pack(logits, output.dtype)], dim=-1)
+        self.router.forget()
         return output

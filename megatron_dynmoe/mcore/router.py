@@ -116,6 +116,10 @@ class DynamicRouter(Router):
         weights_TE = self._attach_losses(routing, valid_T) if self.training else routing.weights_TE
         return weights_TE, routing.map_TE
 
+    def forget(self) -> None:
+        """Let go of what the layer has read of this pass: it would keep the pass's whole graph alive."""
+        self.free_weights_TZ = self.logits_TC = None
+
     def routing(self, x_TD: Tensor) -> Routing:
         """The routing decision; override to route another way."""
         return route(
