@@ -47,7 +47,7 @@ def check_config(config: TransformerConfig, dynmoe: DynMoEConfig) -> None:
         _refuse("moe_router_topk", dynmoe.topk, f"there are {columns} experts", f"use 1 to {columns}")
     if dynmoe.initial_experts is not None and dynmoe.initial_experts > experts:
         _refuse("moe_initial_experts", dynmoe.initial_experts, f"there are {experts} slots", f"use 1 to {experts}")
-    _check_residual(config, dynmoe)
+    _check_shared_expert(config, dynmoe)
     _check_local(config, dynmoe)
     if dynmoe.gating_residual:
         _check_carry(config)
@@ -64,7 +64,12 @@ def check_config(config: TransformerConfig, dynmoe: DynMoEConfig) -> None:
     _check_capture(config)
 
 
-def _check_residual(config: TransformerConfig, dynmoe: DynMoEConfig) -> None:
+def _check_shared_expert(config: TransformerConfig, dynmoe: DynMoEConfig) -> None:
+    overlap, flex = config.moe_shared_expert_overlap, config.moe_token_dispatcher_type == "flex"
+    if overlap and flex and dynmoe.expert_input_scale != 1:
+        reason = f"the flex dispatcher would scale its input as well by --moe-expert-input-scale"
+        instead = "leave it off, or set --moe-token-dispatcher-type alltoall"
+        _refuse("moe_shared_expert_overlap", True, reason, instead)
     if not dynmoe.residual:
         return
     if not config.moe_shared_expert_intermediate_size:
