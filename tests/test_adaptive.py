@@ -127,7 +127,7 @@ def check_layer_is_right() -> None:
         mask = layer.router.experts_mask.tolist()
         chosen = [reference.top_any_set(row, bounds.tolist(), mask, training=training) for row in scores.tolist()]
         assert any(not c for c in chosen) == training
-        gate = 1 + (scores - bounds) - (scores - bounds).detach()
+        gate = 1 + (scores - bounds).relu() - (scores - bounds).relu().detach()
         weights = torch.stack(
             [
                 torch.stack([gate[t, e] / len(c) if e in c else gate[t, e] * 0 for e in range(E)])
