@@ -1,4 +1,4 @@
-"""DynMoE's load-balance loss: value and gradients of the public code's formulas, through padding and shared sequences."""
+"""DynMoE's load-balance loss: value and gradients of the public formulas, through padding and shared sequences."""
 
 import pytest
 import torch

@@ -67,7 +67,7 @@ def check_config(config: TransformerConfig, dynmoe: DynMoEConfig) -> None:
 def _check_shared_expert(config: TransformerConfig, dynmoe: DynMoEConfig) -> None:
     overlap, flex = config.moe_shared_expert_overlap, config.moe_token_dispatcher_type == "flex"
     if overlap and flex and dynmoe.expert_input_scale != 1:
-        reason = f"the flex dispatcher would scale its input as well by --moe-expert-input-scale"
+        reason = "the flex dispatcher would scale its input as well by --moe-expert-input-scale"
         instead = "leave it off, or set --moe-token-dispatcher-type alltoall"
         _refuse("moe_shared_expert_overlap", True, reason, instead)
     if not dynmoe.residual:
