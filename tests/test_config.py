@@ -78,8 +78,8 @@ NONSENSE = [
 ]
 # What makes a field count, beside it.
 COSINE, ADAPTIVE = {"gate": "cosine", "rule": "top-any"}, {"adaptive_experts": True, "update_period": 0}
-BESIDE = {name: COSINE for name in ("cosine_scale", "diversity_coeff", "simplicity_coeff", "efficiency_coeff")}
-BESIDE |= {name: COSINE | ADAPTIVE for name in ("initial_experts", "record_from", "update_at", "max_added_experts")}
+BESIDE = dict.fromkeys(("cosine_scale", "diversity_coeff", "simplicity_coeff", "efficiency_coeff"), COSINE)
+BESIDE |= dict.fromkeys(("initial_experts", "record_from", "update_at", "max_added_experts"), COSINE | ADAPTIVE)
 BESIDE |= {"topk": {"rule": "top-k"}, "update_period": {"record_from": 0, "update_at": 1}}
 BESIDE |= {name: {"capacity_gamma": 1e6} for name in ("tau", "copy_experts")}
 
