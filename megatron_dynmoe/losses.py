@@ -26,8 +26,8 @@ def load_balance_loss(
     """L_b = E * sum_i f_i Q_i (Huang et al. 2024, eq. 6; at one expert a token Switch, arXiv 2101.03961, eq. 4).
 
     f_i is the fraction of tokens whose set contains expert i, Q_i the mean score of expert i.  There is no division by
-    the number of experts a token visits.  DynMoE's public code has the same with the weights 1/k as scores, over the
-    tokens that visit anybody: E^2 mean_i(f_i Q_i).
+    the number of experts a token visits.  DynMoE's public code has the same with each token's shares g / sum g of the
+    0/1 gates g as scores (:func:`gate_shares`), over the tokens that visit anybody: E^2 mean_i(f_i Q_i).
 
     Args:
         scores_TE: float32 scores of this rank's tokens; gradients flow through Q.
@@ -41,6 +41,23 @@ def load_balance_loss(
     fraction_E = rows_E.to(scores_TE.dtype) / num_tokens
     mean_score_E = scores_TE.sum(dim=0) / num_tokens
     return (scores_TE.shape[-1] if experts is None else experts) * (fraction_E * mean_score_E).sum()
+
+
+def gate_shares(weights_TE: Tensor) -> Tensor:
+    """g / sum g of each token's 0/1 gates g, differentiated through both, as in DynMoE's public code (sharded_moe.py).
+
+    The values are those of ``weights_TE``.  With respect to g_j the gradient of share i is [i = j] / k - g_i / k^2:
+    it shifts shares between a token's experts.  With k held constant, as where the experts' outputs are weighted, the
+    second term is missing; then the load-balance loss pushes every chosen score down and every threshold up.
+
+    Args:
+        weights_TE: 1/k for each chosen expert, with the gates' gradient; k is constant there.
+
+    Returns:
+        [T, E]; 0 for a token without experts.
+    """
+    # w = g / k, so w / sum w = g / sum g, also differentiated
+    return weights_TE / weights_TE.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(weights_TE.dtype).tiny)
 
 
 def entropy_loss(scores_TE: Tensor, *, num_tokens: Tensor | float) -> Tensor:
@@ -205,11 +222,11 @@ def router_losses(
 
 
 def _balance(routing: Routing, config: DynMoEConfig, totals: Totals, active_E: Tensor | None) -> Tensor:
-    """The load-balance loss of the rule: over weights and routed tokens for top-any, else over scores."""
+    """The load-balance loss of the rule: over gates' shares and routed tokens for top-any, else over scores."""
     top_any, free = config.rule == "top-any", config.zero_computation_experts
     scores_TC, tokens = routing.scores_TC, totals.tokens
     if top_any:
-        scores_TC = torch.cat([routing.weights_TE, routing.free_weights_TZ], dim=-1)
+        scores_TC = gate_shares(torch.cat([routing.weights_TE, routing.free_weights_TZ], dim=-1))
         tokens = totals.routed_tokens
     if free:
         return heterogeneous_balance_loss(scores_TC, rows_C=totals.rows_C, num_tokens=tokens, free=free, tau=config.tau)

@@ -49,6 +49,27 @@ def top_any_set(scores: list[float], thresholds: list[float], active: list[bool]
     return {max((e for e in range(len(scores)) if active[e]), key=lambda e: scores[e])}
 
 
+def top_any_balance(x_TD: Tensor, weight_ED: Tensor, thresholds_E: Tensor, scale: float) -> Tensor:
+    """E^2 mean_i(f_i Q_i) over the tokens that visit anybody; f_i: share of tokens at i, Q_i: mean of g_i / sum_j g_j.
+
+    As in DynMoE's public code: the gates g are 0 or 1 with the gradient of score minus threshold where that is
+    positive, the quotient is differentiated whole, f is not.
+    """
+    experts, scores_TE = len(weight_ED), cosine_scores(x_TD, weight_ED, scale)
+    shares, visits = [], []
+    for row in scores_TE:
+        margins = [score - torch.sigmoid(scale * bound) for score, bound in zip(row, thresholds_E, strict=True)]
+        gates = [1 + m - m.detach() if m > 0 else torch.zeros_like(m) for m in margins]
+        if any(m > 0 for m in margins):
+            shares.append([gate / sum(gates) for gate in gates])
+            visits.append([float(m > 0) for m in margins])
+    total = torch.zeros_like(thresholds_E[0])
+    for i in range(experts):
+        f = sum(visit[i] for visit in visits) / len(visits)
+        total = total + f * sum(share[i] for share in shares) / len(shares)
+    return experts**2 * total / experts
+
+
 def tanh_logits(x_TD: Tensor, hidden_HD: Tensor, weight_CH: Tensor) -> Tensor:
     """W_2 tanh(W_1 x), one token at a time."""
     return torch.stack([weight_CH @ torch.tanh(hidden_HD @ x_D) for x_D in x_TD])

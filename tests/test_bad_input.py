@@ -1,6 +1,9 @@
 """Bad input to the training entry: one clear sentence, a non-zero exit, nothing overwritten."""
 
+import contextlib
+import io
 import json
+import re
 
 import numpy as np
 import pytest
@@ -43,6 +46,42 @@ def test_more_initial_experts_than_slots(tmp_path):
 def test_a_window_that_never_ends(tmp_path):
     message = refused(tmp_path, "--moe-preset", "dynmoe", "--moe-record-from", "700")
     assert "--moe-update-at" in message and "600" in message and "never ends" in message
+
+
+NONSENSE = [
+    ("--moe-layer-freq 0", "--moe-layer-freq is 0; accepted: a whole number of at least 1"),
+    ("--moe-layer-freq -1", "--moe-layer-freq is -1; accepted"),
+    ("--moe-layer-freq [1,0]", "--moe-layer-freq is [1, 0]; accepted: .* of --num-layers 4"),
+    ("--moe-layer-freq [1,2,0,1]", "--moe-layer-freq is [1, 2, 0, 1]; accepted"),
+    ("--log-interval 0", "--log-interval is 0; accepted: a whole number of at least 1"),
+    ("--log-interval -3", "--log-interval is -3; accepted"),
+    ("--eval-interval 0", "--eval-interval is 0; accepted"),
+    ("--tensorboard-log-interval 0", "--tensorboard-log-interval is 0; accepted"),
+    ("--moe-max-rows-per-token 1e308", "--moe-max-rows-per-token .* is 1e+308; accepted: a number in [1, 65536]"),
+    ("--moe-zero-experts 1000000000", "--moe-zero-experts .* is 1000000000; accepted: a whole number in [0, 65536]"),
+    ("--moe-router-load-balancing-type sinkhorn", "--moe-router-load-balancing-type is ['sinkhorn'].*use 'aux_loss'"),
+    (
+        "--moe-router-load-balancing-type aux_loss seq_aux_loss --moe-aux-loss-coeff 0.1 0.1",
+        "--moe-router-load-balancing-type is ['aux_loss', 'seq_aux_loss'].*use 'aux_loss'",
+    ),
+    ("--moe-router-load-balancing-type none --moe-aux-loss-coeff 0.1 0.2", "--moe-aux-loss-coeff is [0.1, 0.2]"),
+]
+
+
+def check_nonsense():
+    """The entry again and again in one process: each time one sentence on stderr and exit code 2."""
+    for extra, wanted in NONSENSE:
+        said = io.StringIO()
+        with contextlib.redirect_stderr(said):
+            code = ranks.pretrain(flags("serial", *extra.split()))
+        lines = [line for line in said.getvalue().splitlines() if line.startswith("error: ")]
+        assert (code, len(lines)) == (2, 1) and "Traceback" not in said.getvalue(), said.getvalue()
+        pattern = ".*".join(re.escape(part) for part in wanted.split(".*"))
+        assert re.search(pattern, lines[0]), f"{extra}: {lines[0]}"
+
+
+def test_nonsense_values_of_flags(tmp_path):
+    ranks.call(check_nonsense, ranks=1, folder=tmp_path)
 
 
 def indexed(folder, tokens, *, vocabulary=None):

@@ -59,6 +59,19 @@ def _layer(config, dynmoe):
     return layer
 
 
+def _plans(layer):
+    """The plans of the layer's passes from now on, which the dispatcher lets go of when a pass is over."""
+    plans, dispatcher = [], layer.token_dispatcher
+    combine = dispatcher.combine_postprocess
+
+    def seen(hidden_states):
+        plans.append(dispatcher.transport.plan)
+        return combine(hidden_states)
+
+    dispatcher.combine_postprocess = seen
+    return plans
+
+
 def check_layer_against_reference() -> None:
     from megatron_dynmoe import reference
     from megatron_dynmoe.config import DynMoEConfig
@@ -132,17 +145,37 @@ def check_backends_load_each_other() -> None:
             assert torch.allclose(first(x)[0], second(x)[0], rtol=1e-5, atol=1e-7), (saver, loader)
 
 
+CAPTURED = {"cuda_graph_impl": "transformer_engine", "cuda_graph_modules": ["attn", "moe_router"]}
+
+
 def check_refusals() -> None:
     import pytest
 
     from megatron_dynmoe.config import ConfigError, DynMoEConfig
+    from megatron_dynmoe.mcore.config import check_config
 
     _setup()
     refused = [
         ({"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "deepep"}, {}, "hybridep"),
         ({"moe_expert_capacity_factor": 1.0}, {}, "dropless"),
         ({"cuda_graph_impl": "local"}, {}, "attn"),
-        ({"moe_router_load_balancing_type": "sinkhorn"}, {}, "aux_loss"),
+        *(
+            ({"moe_router_load_balancing_type": kind}, {}, "aux_loss")
+            for kind in ("sinkhorn", "seq_aux_loss", "global_aux_loss", "quantile_balancing")
+        ),
+        ({"moe_router_load_balancing_type": ["seq_aux_loss"], "moe_aux_loss_coeff": [0.0]}, {}, "aux_loss"),
+        (
+            {"moe_router_load_balancing_type": ["aux_loss", "none"], "moe_aux_loss_coeff": [0.01, 0.0]},
+            {"load_balance_coeff": 0.01},
+            "aux_loss",
+        ),
+        ({"moe_router_dtype": "fp64"}, {}, "--moe-router-dtype is 'fp64'"),
+        ({"add_bias_linear": True}, {"expert_backend": "sequential"}, "--disable-bias-linear is False"),
+        ({"mlp_chunks_for_training": 2}, {"gating_residual": True}, "--mlp-chunks-for-training is 2"),
+        ({"mlp_chunks_for_prefill": 2}, {"gating_residual": True}, "--mlp-chunks-for-prefill is 2"),
+        (CAPTURED, {"zero_experts": 1}, "zero-computation"),
+        (CAPTURED, {"gate": "cosine", "rule": "top-any", "adaptive_experts": True}, "--moe-adaptive-experts"),
+        (CAPTURED | {"moe_shared_expert_intermediate_size": 8}, {"residual": True}, "--moe-residual"),
         ({"moe_router_score_function": "sigmoid"}, {}, "--moe-gate"),
         ({"moe_router_topk": 3}, {"rule": "top-k", "topk": 2}, "DynMoEConfig.topk"),
         ({}, {"rule": "top-k", "topk": 9}, "1 to 4"),
@@ -154,6 +187,32 @@ def check_refusals() -> None:
         message = str(refusal.value)
         assert isinstance(refusal.value, ConfigError), message
         assert wanted in message and "--" in message and "\n" not in message, message
+    check_config(_config(**CAPTURED), DynMoEConfig())
+    check_config(_config(mlp_chunks_for_training=2, moe_router_dtype="fp32"), DynMoEConfig())
+
+
+def check_no_balancing() -> None:
+    """With the balancing type "none" the load-balance loss is off, and the other losses are not."""
+    from megatron_dynmoe.config import DynMoEConfig
+
+    _setup()
+    gradients = {}
+    for kind in ("aux_loss", "none", ["none"]):
+        for other in (0.0, 1.0):
+            dynmoe = DynMoEConfig(load_balance_coeff=1.0, entropy_coeff=other)
+            coeff = [1.0] if isinstance(kind, list) else 1.0
+            layer = _layer(_config(moe_router_load_balancing_type=kind, moe_aux_loss_coeff=coeff), dynmoe)
+            weights, _ = layer.router(torch.randn(S, B, D, generator=torch.Generator().manual_seed(1)))
+            weights.sum().mul(0).backward()  # nothing but the losses
+            gradients[str(kind), other] = bool(layer.router.weight.grad.any())
+    assert gradients == {
+        ("aux_loss", 0.0): True,
+        ("aux_loss", 1.0): True,
+        ("none", 0.0): False,
+        ("none", 1.0): True,
+        ("['none']", 0.0): False,
+        ("['none']", 1.0): True,
+    }
 
 
 def check_one_wait_a_pass() -> None:
@@ -211,10 +270,11 @@ def check_alignment() -> None:
         _, map_TE = layer.route(x)
         before = map_TE.clone()
         layer.token_dispatcher.pending = None
+        plans = _plans(layer)
         aligned, _ = layer(x)
         grads = torch.autograd.grad(aligned.square().sum(), (x, layer.router.weight))
         assert torch.equal(map_TE, before)
-        plan = layer.token_dispatcher.transport.plan
+        (plan,) = plans
         assert plan.rows_sent == int(before.sum())
         assert sizes[0].tolist() == [-(-n // 16) * 16 for n in plan.rows_per_expert_L]
         for got, wanted in zip((aligned, *grads), (plain, *plain_grads), strict=True):
@@ -273,6 +333,10 @@ def test_a_checkpoint_moves_between_expert_backends(tmp_path):
 
 def test_the_host_waits_once_a_layer_and_pass(tmp_path):
     ranks.call(check_one_wait_a_pass, ranks=1, folder=tmp_path)
+
+
+def test_no_load_balancing_is_none(tmp_path):
+    ranks.call(check_no_balancing, ranks=1, folder=tmp_path)
 
 
 def test_what_cannot_work_is_refused_at_construction(tmp_path):

@@ -102,6 +102,9 @@ class Exchange:
     Between the construction and :meth:`wait` other work may run; autograd runs that work's backward between the two
     halves of the reverse exchange as well, because it takes nodes in the opposite order of their making.
 
+    The graph holds the exchange, so after :meth:`wait` the exchange holds nothing of the graph: such a cycle passes
+    through autograd's nodes, where Python's collector does not see it, and what was received would never be freed.
+
     Args:
         rows: [sum of input_splits, ...].
         output_splits, input_splits: rows from and to each rank of ``group``.
@@ -116,7 +119,7 @@ class Exchange:
         self._work: Any = None
         self._buffers: tuple[Tensor, Tensor] | None = None
         alone = group is None or dist.get_world_size(group) == 1
-        self._out = rows if alone else _Start.apply(rows, output_splits, input_splits, self)
+        self._out: Tensor | None = rows if alone else _Start.apply(rows, output_splits, input_splits, self)
         self._alone = alone
 
     def launch(self, out: Tensor, rows: Tensor, output_splits: list[int], input_splits: list[int]) -> None:
@@ -134,8 +137,10 @@ class Exchange:
         return out
 
     def wait(self) -> Tensor:
-        """The rows received, ordered by sender."""
-        return self._out if self._alone else _Wait.apply(self._out, self)
+        """The rows received, ordered by sender; they are handed out once."""
+        out, self._out = self._out, None
+        assert out is not None, "the rows were handed out already"
+        return out if self._alone else _Wait.apply(out, self)
 
 
 def all_to_all(

@@ -47,24 +47,52 @@ def check_config(config: TransformerConfig, dynmoe: DynMoEConfig) -> None:
         _refuse("moe_router_topk", dynmoe.topk, f"there are {columns} experts", f"use 1 to {columns}")
     if dynmoe.initial_experts is not None and dynmoe.initial_experts > experts:
         _refuse("moe_initial_experts", dynmoe.initial_experts, f"there are {experts} slots", f"use 1 to {experts}")
-    _check_residual(config, dynmoe)
+    _check_shared_expert(config, dynmoe)
     _check_local(config, dynmoe)
     if dynmoe.gating_residual:
         _check_carry(config)
+    check_balancing(config.moe_router_load_balancing_type)
     _check_shared_fields(config, dynmoe)
     for name, (accepted, reason) in _CHOOSES_EXPERTS.items():
         value = getattr(config, name)
         if value != accepted:
             _refuse(name, value, reason, f"leave it at {accepted!r}")
-    balancing = config.moe_router_load_balancing_type
-    if balancing not in ("aux_loss", "none"):
-        reason = "the stock balancing losses rebuild a top-k map (moe_utils.py:946)"
-        _refuse("moe_router_load_balancing_type", balancing, reason, "use 'aux_loss' (our load-balance loss) or 'none'")
+    _check_experts(config)
     _check_dispatcher(config)
-    _check_capture(config)
+    _check_capture(config, dynmoe)
 
 
-def _check_residual(config: TransformerConfig, dynmoe: DynMoEConfig) -> None:
+def balances(config: TransformerConfig) -> bool:
+    """Whether the load-balance loss is to be computed: not with the balancing type "none"."""
+    return config.moe_router_load_balancing_type not in ("none", ["none"])
+
+
+def check_balancing(kind: str | list[str]) -> None:
+    """Refuse kinds of load balancing that are not ours; a list of one kind is that kind.
+
+    Raises:
+        ConfigError: anything but "aux_loss" and "none".
+    """
+    if kind not in ("aux_loss", "none", ["aux_loss"], ["none"]):
+        reason = "the stock balancing losses rebuild a top-k map (moe_utils.py:946)"
+        _refuse("moe_router_load_balancing_type", kind, reason, "use 'aux_loss' (our load-balance loss) or 'none'")
+
+
+def _check_experts(config: TransformerConfig) -> None:
+    if config.add_bias_linear:
+        reason = "the router has no bias, and with weighted rows megatron-core's sequential experts raise in training"
+        _refuse("disable_bias_linear", False, reason, "set --disable-bias-linear")
+    if config.moe_router_dtype not in (None, "fp32"):
+        reason = "gates and rules compute in float32, whatever the model's dtype"
+        _refuse("moe_router_dtype", config.moe_router_dtype, reason, "use fp32, or leave it unset")
+
+
+def _check_shared_expert(config: TransformerConfig, dynmoe: DynMoEConfig) -> None:
+    overlap, flex = config.moe_shared_expert_overlap, config.moe_token_dispatcher_type == "flex"
+    if overlap and flex and dynmoe.expert_input_scale != 1:
+        reason = "the flex dispatcher would scale its input as well by --moe-expert-input-scale"
+        instead = "leave it off, or set --moe-token-dispatcher-type alltoall"
+        _refuse("moe_shared_expert_overlap", True, reason, instead)
     if not dynmoe.residual:
         return
     if not config.moe_shared_expert_intermediate_size:
@@ -95,6 +123,10 @@ def _check_carry(config: TransformerConfig) -> None:
         _refuse("moe_gating_residual", True, reason, "drop one of the two")
     if config.cuda_graph_impl != "none":
         _refuse("moe_gating_residual", True, "CUDA graphs assume hidden states alone", "set --cuda-graph-impl none")
+    for name in ("mlp_chunks_for_training", "mlp_chunks_for_prefill"):
+        if getattr(config, name) > 1:
+            reason = "the logits of the whole sequence would meet the hidden states of one chunk"
+            _refuse(name, getattr(config, name), reason, "leave it at 1 with --moe-gating-residual")
     if config.fp32_residual_connection:
         reason = "the hidden states are then float32 between layers and the model's dtype within them"
         _refuse("moe_gating_residual", True, reason, "leave --fp32-residual-connection off")
@@ -108,6 +140,7 @@ def _check_shared_fields(config: TransformerConfig, dynmoe: DynMoEConfig) -> Non
         if name is None:
             continue
         theirs, ours = getattr(config, name), getattr(dynmoe, field.name)
+        theirs = theirs[0] if isinstance(theirs, list) and len(theirs) == 1 else theirs
         if theirs not in (ours, defaults[name]):
             reason = f"DynMoEConfig.{field.name} says {ours!r}"
             _refuse(name, theirs, reason, f"set both to the same value or leave this at {defaults[name]!r}")
@@ -125,7 +158,7 @@ def _check_dispatcher(config: TransformerConfig) -> None:
         )
 
 
-def _check_capture(config: TransformerConfig) -> None:
+def _check_capture(config: TransformerConfig, dynmoe: DynMoEConfig) -> None:
     if config.transformer_impl == "inference_optimized":
         reason = "its router and experts assume a fixed k"
         _refuse("transformer_impl", config.transformer_impl, reason, "use 'transformer_engine' or 'local'")
@@ -139,6 +172,20 @@ def _check_capture(config: TransformerConfig) -> None:
         _refuse(
             "cuda_graph_modules", value, reason, "capture 'attn' (and 'moe_router') only, or set --cuda-graph-impl none"
         )
+    if "moe_router" in modules:
+        _check_captured_router(modules, dynmoe)
+
+
+def _check_captured_router(modules: list[str], dynmoe: DynMoEConfig) -> None:
+    beside = {
+        "zero-computation experts": bool(dynmoe.zero_computation_experts),
+        "--moe-adaptive-experts": dynmoe.adaptive_experts,
+        "--moe-residual": dynmoe.residual,
+    }
+    for what, wanted in beside.items():
+        if wanted:
+            reason = f"a replayed graph runs nothing of what {what} does beside the router"
+            _refuse("cuda_graph_modules", modules, reason, "capture 'attn' only, or set --cuda-graph-impl none")
 
 
 def _refuse(name: str, value: object, reason: str, instead: str) -> None:

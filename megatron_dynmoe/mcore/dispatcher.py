@@ -45,6 +45,8 @@ class VariableKAllToAllDispatcher(MoETokenDispatcher):
         self.counts_on_device = False  # set where the experts take them from there, which spares a copy
         self.pending: PendingPlan | None = None
         self.transport: Transport | None = None
+        self.row_id_map: Tensor | None = None
+        self.shared_input: Tensor | None = None  # [S, B, D]: what overlapped shared experts see; the layer sets it
         self.onto: Tensor | None = None  # [S, B, D]: what the next combine adds its sums to; it may be overwritten
 
     def begin(self, routing_map: Tensor) -> None:
@@ -73,7 +75,11 @@ class VariableKAllToAllDispatcher(MoETokenDispatcher):
         # Transformer Engine's fused permutation knows (token, expert) rows only, and asserts at least one.
         self._fused = self.config.moe_permute_fusion and unit == "expert" and plan.rows_sent > 0
         if self.shared_experts is not None:
-            self.shared_experts.pre_forward_comm(tokens)
+            # They read it on a stream of their own until get_output(), so it lives until then: when it is freed by
+            # the host before, the allocator may give its memory to this stream (megatron-core leaves that to autograd).
+            if self.shared_input is None:
+                self.shared_input = tokens
+            self.shared_experts.pre_forward_comm(self.shared_input)
         if not self._fused:
             return self.transport.pack(x_TD, probs)
         rows, weights, self.row_id_map, _, _ = permute(
@@ -152,7 +158,9 @@ class VariableKAllToAllDispatcher(MoETokenDispatcher):
             out = out if onto_TD is None else onto_TD.add_(out)
         else:
             out = self.transport.unpack_back(hidden_states, map_TE.shape[0], onto_TD)
+        self.transport = self.row_id_map = None  # their indices are as long as the rows; the graph keeps what it needs
         out = out.view(self.hidden_shape)
         if self.shared_experts is not None:
             out = out + self.shared_experts.get_output()
+            self.shared_input = None
         return out

@@ -112,8 +112,11 @@ class DynMoELayer(MoELayer):
         return torch.zeros(tokens, self.router.columns, device=channels.device)
 
     def preprocess(self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor) -> tuple[Tensor, Tensor]:
-        """What the experts see: the hidden states alone, scaled if the configuration says so."""
-        return super().preprocess(self._expert_input(self._narrow(hidden_states)), probs, routing_map)
+        """What the experts see: the hidden states alone, scaled if the configuration says so; shared ones unscaled."""
+        hidden_states = self._narrow(hidden_states)
+        if isinstance(self.token_dispatcher, VariableKAllToAllDispatcher) and self.shared_expert_overlap:
+            self.token_dispatcher.shared_input = hidden_states
+        return super().preprocess(self._expert_input(hidden_states), probs, routing_map)
 
     def _expert_input(self, hidden_states: Tensor) -> Tensor:
         scale = self.dynmoe.expert_input_scale
@@ -171,4 +174,5 @@ class DynMoELayer(MoELayer):
         if self.dynmoe.gating_residual:
             logits = self.router.logits_TC.view(*output.shape[:-1], -1)
             output = torch.cat([output, pack(logits, output.dtype)], dim=-1)
+        self.router.forget()
         return output

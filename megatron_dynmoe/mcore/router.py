@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_dynmoe.config import DynMoEConfig
+from megatron_dynmoe.mcore.config import balances
 from megatron_dynmoe.losses import Totals, has_losses, router_losses
 from megatron_dynmoe.mcore.tracker import RoutingTracker
 from megatron_dynmoe.routers import GATES, RULES, route
@@ -36,7 +37,7 @@ class DynamicRouter(Router):
         dynmoe: DynMoEConfig,
     ) -> None:
         super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
-        self.dynmoe = dynmoe
+        self.dynmoe = dynmoe if balances(config) else replace(dynmoe, load_balance_coeff=0.0)
         self.weight: torch.nn.Parameter
         self._add_learned()
         # The previous MoE layer's logits, set by the layer for each pass; and what the layer reads of this pass.
@@ -115,6 +116,10 @@ class DynamicRouter(Router):
             self.record(x_TD, routing, valid_T)
         weights_TE = self._attach_losses(routing, valid_T) if self.training else routing.weights_TE
         return weights_TE, routing.map_TE
+
+    def forget(self) -> None:
+        """Let go of what the layer has read of this pass: it would keep the pass's whole graph alive."""
+        self.free_weights_TZ = self.logits_TC = None
 
     def routing(self, x_TD: Tensor) -> Routing:
         """The routing decision; override to route another way."""

@@ -29,9 +29,11 @@ def top_any_weights(
 ) -> Tensor:
     """1/k for each of a token's k experts, with the gradient of the gate g = sign(relu(s - sigmoid(scale G))).
 
-    The backward pass takes sign as the identity, so dg/ds = 1 and dg/dG = -scale sigmoid'(scale G) where the expert is
-    chosen, and 0 elsewhere.  No gradient flows through k (Guo et al. 2024, arXiv 2405.14297, section 3.1; public code:
-    ``TopAnyGate``).
+    The backward pass takes sign as the identity, so dg/ds = 1 and dg/dG = -scale sigmoid'(scale G) where the expert's
+    score passes its threshold, and 0 elsewhere: also where it is chosen without passing, as in evaluation the best
+    expert of a token that would visit nobody.  No gradient flows through k (Guo et al. 2024, arXiv 2405.14297, section
+    3.1; public code: ``GAMoEGateT``), but through the same division in the load-balance loss one does
+    (:func:`megatron_dynmoe.losses.gate_shares`).
 
     Args:
         scores_TE: float32 scores of the cosine gate.
@@ -42,7 +44,7 @@ def top_any_weights(
     Returns:
         [T, E] in the dtype of the scores; a row of an empty map is 0.
     """
-    margin_TE = _margin_TE(scores_TE, config, parameters)
+    margin_TE = _margin_TE(scores_TE, config, parameters).relu()
     # where: what is not chosen gets neither weight nor gradient, also if its margin is NaN.
     gate_TE = torch.where(map_TE, 1 + (margin_TE - margin_TE.detach()), margin_TE.new_zeros(()))
     return gate_TE / map_TE.sum(dim=-1, keepdim=True).clamp_min(1)

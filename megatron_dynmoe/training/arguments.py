@@ -14,6 +14,7 @@ from typing import Any
 from megatron.training.argument_utils import ArgumentGroupFactory
 
 from megatron_dynmoe.config import NAMES, PRESETS, ConfigError, DynMoEConfig, dest_of, flag_of, preset_fields
+from megatron_dynmoe.training.checks import check_args
 
 
 class _DynMoEFlags(ArgumentGroupFactory):
@@ -86,6 +87,7 @@ def dynmoe_from_args(args: Namespace) -> DynMoEConfig:
     Raises:
         ConfigError: a value that is not accepted, or experts that do not divide by the expert-parallel ranks.
     """
+    check_args(args)
     values = {f.name: getattr(args, dest_of(f.name)) for f in fields(DynMoEConfig)}
     coeff = values["load_balance_coeff"]
     if isinstance(coeff, list):  # Megatron takes one value a balancing type

@@ -1,0 +1,105 @@
+"""Overlapped shared experts: the same output and gradients as without overlap, on an input that lives long enough."""
+
+import weakref
+
+import pytest
+import torch
+
+from tests import ranks
+from tests.test_mcore_layer import B, D, S, _config, _layer, _setup
+from tests.test_mcore_moe_plus_plus import FREE, _filled
+
+SHARED = {"moe_shared_expert_intermediate_size": 8}
+
+
+def _pass(layer, x, previous):
+    """Output and all gradients of a training pass, and the output of an evaluation pass."""
+    leaves = [x, *layer.parameters()] + ([] if previous is None else [previous])
+    layer.train()
+    layer.previous = previous
+    out, _ = layer(x)
+    whole = out if previous is None else torch.cat([out, layer.carried], dim=-1)
+    upstream = torch.randn(whole.shape, generator=torch.Generator().manual_seed(3))
+    gradients = torch.autograd.grad((whole * upstream).sum(), leaves)
+    layer.eval()
+    layer.previous = previous
+    with torch.no_grad():
+        return whole, layer(x)[0], *gradients
+
+
+def check_on_equals_off() -> None:
+    from megatron_dynmoe.config import DynMoEConfig
+
+    _setup()
+    for unit in ("expert", "rank"):
+        for residual in (False, True):
+            dynmoe = DynMoEConfig(
+                rule="top-k", topk=2, expert_input_scale=2.0, gating_residual=residual, dispatch_unit=unit, **FREE
+            )
+            x = torch.randn(S, B, D, requires_grad=True)
+            results = []
+            for overlap in (False, True):
+                layer = _filled(_layer(_config(moe_shared_expert_overlap=overlap, **EP2, **SHARED), dynmoe))
+                previous = None
+                if residual:
+                    generator = torch.Generator().manual_seed(5)
+                    previous = torch.randn(S, B, layer.router.columns, generator=generator, requires_grad=True)
+                results.append(_pass(layer, x, previous))
+            for plain, overlapped in zip(*results, strict=True):
+                # float32: the shared expert is added to the routed ones in another order
+                torch.testing.assert_close(overlapped, plain, rtol=1e-5, atol=1e-5)
+
+
+EP2 = {"expert_model_parallel_size": 2}
+
+
+def check_input_lives() -> None:
+    """The host must not free what the shared experts' stream may still read; autograd keeps it only while training."""
+    from megatron_dynmoe.config import DynMoEConfig
+
+    _setup()
+    for scale in (1.0, 2.0):
+        dynmoe = DynMoEConfig(expert_input_scale=scale, gating_residual=True)
+        layer = _layer(_config(moe_shared_expert_overlap=True, **EP2, **SHARED), dynmoe).eval()
+        seen = []
+        begin, end = layer.shared_experts.pre_forward_comm, layer.shared_experts.get_output
+
+        def watched(tokens, _begin=begin, _seen=seen):
+            _seen.append(weakref.ref(tokens))
+            _begin(tokens)
+
+        def ended(_end=end, _seen=seen):
+            assert _seen[-1]() is not None
+            _seen.append(None)
+            return _end()
+
+        layer.shared_experts.pre_forward_comm, layer.shared_experts.get_output = watched, ended
+        layer.previous = torch.randn(S, B, layer.router.columns)
+        with torch.no_grad():
+            layer(torch.randn(S, B, D))
+        reference, reached_the_end = seen
+        assert reached_the_end is None and reference() is None  # and no longer
+
+
+def check_flex_is_refused() -> None:
+    from megatron_dynmoe.config import ConfigError, DynMoEConfig
+    from megatron_dynmoe.mcore.config import check_config
+
+    _setup()
+    flex = {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "hybridep"}
+    config = _config(moe_shared_expert_overlap=True, **flex, **SHARED)
+    check_config(config, DynMoEConfig())
+    with pytest.raises(ConfigError, match=r"--moe-shared-expert-overlap is True.*alltoall"):
+        check_config(config, DynMoEConfig(expert_input_scale=2.0))
+
+
+def test_overlap_on_equals_off(tmp_path):
+    ranks.call(check_on_equals_off, ranks=2, folder=tmp_path)
+
+
+def test_input_of_the_overlapped_experts_lives_until_they_are_done(tmp_path):
+    ranks.call(check_input_lives, ranks=2, folder=tmp_path)
+
+
+def test_overlap_of_a_scaled_input_is_refused_with_flex(tmp_path):
+    ranks.call(check_flex_is_refused, ranks=1, folder=tmp_path)
