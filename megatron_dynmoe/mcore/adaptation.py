@@ -172,8 +172,8 @@ class ExpertAdaptation:
         steps, number = layer.router.steps, layer.router.layer_number
         halves = 2 if config.gated_linear_unit else 1
         width, inner = config.hidden_size, config.moe_ffn_hidden_size
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(((self.seed * 1_000_003 + steps) * 1009 + number) * 1009 + slot)
+        with torch.random.fork_rng(devices=[]):  # torch.manual_seed would seed CUDA too, and on this rank alone
+            torch.default_generator.manual_seed(((self.seed * 1_000_003 + steps) * 1009 + number) * 1009 + slot)
             fc1, fc2 = torch.empty(halves * inner, width, device="cpu"), torch.empty(width, inner, device="cpu")
             config.init_method(fc1)
             config.output_layer_init_method(fc2)
