@@ -60,10 +60,15 @@ class ExpertAdaptation:
         self._events: list[Event] = []
 
     def watch(self, chunk: Any) -> None:
-        """Add a part of the model, once; its routers record from the first iteration on if the schedule says so."""
+        """Add a part of the model, once; its routers record from the first iteration on if the schedule says so.
+
+        Raises:
+            ConfigError: the optimizer's state cannot be reached; said here, not at the first update.
+        """
         if any(chunk is known for known in self.chunks):
             return
         self.chunks.append(chunk)
+        self.optimizer()
         for layer in _layers([chunk]):
             self._open_or_close(layer.router)
 

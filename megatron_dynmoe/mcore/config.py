@@ -47,6 +47,7 @@ def check_config(config: TransformerConfig, dynmoe: DynMoEConfig) -> None:
         _refuse("moe_router_topk", dynmoe.topk, f"there are {columns} experts", f"use 1 to {columns}")
     if dynmoe.initial_experts is not None and dynmoe.initial_experts > experts:
         _refuse("moe_initial_experts", dynmoe.initial_experts, f"there are {experts} slots", f"use 1 to {experts}")
+    _check_adaptation(config, dynmoe)
     _check_residual(config, dynmoe)
     _check_local(config, dynmoe)
     if dynmoe.gating_residual:
@@ -62,6 +63,15 @@ def check_config(config: TransformerConfig, dynmoe: DynMoEConfig) -> None:
         _refuse("moe_router_load_balancing_type", balancing, reason, "use 'aux_loss' (our load-balance loss) or 'none'")
     _check_dispatcher(config)
     _check_capture(config)
+
+
+def _check_adaptation(config: TransformerConfig, dynmoe: DynMoEConfig) -> None:
+    if not dynmoe.adaptive_experts or dynmoe.added_expert_init == "keep":
+        return
+    for name in ("fp8_param", "fp4_param"):
+        if getattr(config, name):
+            reason = f"--moe-added-expert-init {dynmoe.added_expert_init} writes weights, not their quantised form"
+            _refuse(f"{name}_gather", True, reason, "leave it off, or set --moe-added-expert-init keep")
 
 
 def _check_residual(config: TransformerConfig, dynmoe: DynMoEConfig) -> None:
