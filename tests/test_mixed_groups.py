@@ -10,6 +10,7 @@ from torch.nn import Parameter
 
 from megatron_dynmoe import host
 from megatron_dynmoe.config import ConfigError, DynMoEConfig
+from megatron_dynmoe.mcore.adaptation import ExpertAdaptation
 from megatron_dynmoe.mcore.config import check_config
 from megatron_dynmoe.mcore.slots import Slice, check_optimizer, write
 from tests import ranks
@@ -222,6 +223,20 @@ def test_an_optimizer_that_would_save_one_for_another_is_refused():
     leaf.ddp_config.use_megatron_fsdp = True
     with pytest.raises(ConfigError, match="--use-megatron-fsdp keeps out of reach"):
         check_optimizer(leaf)
+
+
+def test_an_optimizer_out_of_reach_is_refused_in_the_first_forward_step():
+    class Optimizer:
+        is_stub_optimizer, config = False, SimpleNamespace(optimizer_cpu_offload=True)
+
+        def scale_loss(self, loss):
+            return loss
+
+    chunk = torch.nn.Module()
+    chunk.config = SimpleNamespace(grad_scale_func=Optimizer().scale_loss)
+    adaptation = ExpertAdaptation(DynMoEConfig(gate="cosine", rule="top-any", adaptive_experts=True))
+    with pytest.raises(ConfigError, match="--optimizer-cpu-offload keeps out of reach"):
+        adaptation.watch(chunk)
 
 
 @pytest.mark.parametrize("kind", ["fp8", "fp4"])
