@@ -57,7 +57,13 @@ def check_records_and_updates() -> None:
         bound = [torch.sigmoid(torch.tensor(0.2)).item()] * E
         chosen = [reference.top_any_set(row, bound, active.tolist(), training=True) for row in scores]
         kept, embedding = reference.adapt(active.tolist(), chosen, everything)
-        (event,) = adaptation.end(iteration=1)
+        numbers, seeded = torch.get_rng_state(), []
+        with pytest.MonkeyPatch.context() as patch:  # weights are drawn on one rank: no generator may move there alone
+            for owner in (torch.cuda, torch.cuda.random):
+                for name in ("manual_seed", "manual_seed_all", "set_rng_state", "set_rng_state_all"):
+                    patch.setattr(owner, name, lambda *args, seeded=seeded: seeded.append(args))
+            (event,) = adaptation.end(iteration=1)
+        assert torch.equal(torch.get_rng_state(), numbers) and seeded == []
         assert event.unrouted == sum(not c for c in chosen) > 0
         assert event.removed == [e for e in range(E) if active[e] and not kept[e]]
         (slot,) = event.added

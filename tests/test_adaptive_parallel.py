@@ -67,7 +67,7 @@ def pretrain(argv, out):
 
 def check_every_update(adaptation_class):
     """After each update: the optimizer's copy of a new slot is the model's, and its moments are zero."""
-    from megatron_dynmoe.mcore.slots import Slice, _main_copies, expert_weights
+    from megatron_dynmoe.mcore.slots import Slice, expert_weights, main_copies
 
     update = adaptation_class._update
 
@@ -79,7 +79,7 @@ def check_every_update(adaptation_class):
                 if slot in layer.local_expert_indices:
                     new += expert_weights(layer.experts, slot - layer.local_expert_indices[0])
                 for where in new:
-                    check_slice(where, list(_main_copies(self.optimizer(), where.parameter)))
+                    check_slice(where, list(main_copies(self.optimizer(), where.parameter)))
         return events
 
     adaptation_class._update = checked

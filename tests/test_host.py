@@ -11,8 +11,10 @@ from types import ModuleType
 import pytest
 import torch
 from megatron.core.datasets import utils as dataset_utils
+from megatron.core.distributed import distributed_data_parallel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -32,6 +34,8 @@ TOUCHED = {
     "DataLoader iterator": dataloader._BaseDataLoaderIter,
     "megatron random": megatron_random,
     "megatron optimizer": DistributedOptimizer,
+    "megatron plain optimizer": Float16OptimizerWithFloat16Params,
+    "megatron buckets": distributed_data_parallel,
     "megatron datasets": dataset_utils,
 }
 
@@ -81,14 +85,19 @@ def test_enabled_leaves_an_outer_enable_in_place():
     assert not host.active()
 
 
-def test_with_cuda_only_compile_helpers_is_touched(monkeypatch):
+def test_with_cuda_only_what_is_at_fault_everywhere_is_touched(monkeypatch):
     monkeypatch.setattr(host, "_cuda_is_available", lambda: True)
     before = {name: dict(vars(owner)) for name, owner in TOUCHED.items()}
     with host.enabled() as active:
         assert not active and not host.active()
         assert host.backend() == "nccl" and "gloo" not in host.default_flags()
         changed = [(n, k) for n, owner in TOUCHED.items() for k, v in before[n].items() if vars(owner)[k] is not v]
-        assert changed == [("megatron datasets", "compile_helpers")]
+        assert set(changed) == {
+            ("megatron datasets", "compile_helpers"),
+            ("megatron optimizer", "_build_optimizer_group_ranges"),
+            ("megatron optimizer", "_set_main_param_and_optimizer_states"),
+            ("megatron plain optimizer", "sharded_state_dict"),
+        }
     assert dataset_utils.compile_helpers is before["megatron datasets"]["compile_helpers"]
 
 

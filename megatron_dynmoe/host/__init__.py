@@ -8,7 +8,7 @@ same program trains on gloo ranks, in float32 or bfloat16; loop, layouts and che
     host.enable()                         # first thing in the program
     sys.argv[1:1] = host.default_flags()  # what megatron must be told on such a machine; the user's flags follow
 
-Where CUDA is, ``enable()`` touches nothing but ``compile_helpers``. What is redirected, and why:
+Where CUDA is, ``enable()`` touches nothing but ``compile_helpers`` and ``mixed groups``. What is redirected, and why:
 
 claim
     ``torch.cuda.is_available``, ``torch.cuda.device_count``, ``Tensor.is_cuda`` and ``Tensor.type`` speak of CUDA *to
@@ -32,9 +32,14 @@ compilation
 optimizer state
     Without Transformer Engine and apex megatron falls back to torch's AdamW, whose ``step`` tensors its distributed
     optimizer cannot load: see ``host/optimizer.py``.
+buckets
+    Gloo gathers tensors of two dtypes in one call to wrong numbers: see ``host/buckets.py``.
 compile_helpers
     On **every** machine: megatron runs ``make`` in ``megatron/core/datasets``, whose Makefile is not in the wheel, and
     exits when that fails, although the wheel has the compiled extension. Skipped where the extension imports.
+mixed groups
+    On **every** machine: megatron's mixed-precision optimizers mistake one parameter for another where a group has
+    float32 parameters beside 16-bit ones, as with DynMoE's gate and ``--bf16``: see ``host/mixed_groups.py``.
 
 Limits: a process that is spawned, not forked, has to call ``enable()`` itself; context parallelism needs Transformer
 Engine's attention; gloo has no uneven all-gather (``dispatch/moves.py`` says one as an all-to-all); the stock local
@@ -47,10 +52,12 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
+from megatron_dynmoe.host.buckets import redirect_buckets
 from megatron_dynmoe.host.device import redirect_device, redirect_placement
 from megatron_dynmoe.host.generators import redirect_generators
 from megatron_dynmoe.host.helpers import skip_compile_helpers
 from megatron_dynmoe.host.memory import redirect_memory
+from megatron_dynmoe.host.mixed_groups import mend_mixed_groups
 from megatron_dynmoe.host.optimizer import redirect_optimizer
 from megatron_dynmoe.host.streams import redirect_streams
 
@@ -73,6 +80,7 @@ def enable() -> bool:
     if _undo is None:
         with ExitStack() as undo:
             skip_compile_helpers(undo)
+            mend_mixed_groups(undo)  # before the redirection, which builds on it
             if not _cuda_is_available():
                 _redirect(undo)
                 _active = True
@@ -137,6 +145,7 @@ def _redirect(undo: ExitStack) -> None:
         redirect_generators,
         redirect_memory,
         redirect_optimizer,
+        redirect_buckets,
     ):
         redirect(undo)
     eager = torch.compiler.set_stance("force_eager")

@@ -12,11 +12,10 @@ from megatron_dynmoe.host.replace import replace
 def redirect_optimizer(undo: ExitStack) -> None:
     """Let megatron's distributed optimizer load a checkpoint into torch's AdamW.
 
-    Four things are in the way in megatron/core/optimizer/distrib_optimizer.py of 0.19.2. ``state_dict``, which loading
+    Three things are in the way in megatron/core/optimizer/distrib_optimizer.py of 0.19.2. ``state_dict``, which loading
     asks for the structure to fill, wants a ``step`` before there was one (839). Loading then puts one tensor in the
     place of all parameters' steps (1032), to which each of them would add 1. When it copies the tensors of a parameter,
-    it looks for ``step`` among them (1223), but the formats that may change layout leave it out. And in the default
-    format it copies into float32 parameters without ``no_grad`` (2061).
+    it looks for ``step`` among them (1223), but the formats that may change layout leave it out.
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
@@ -35,8 +34,7 @@ def redirect_optimizer(undo: ExitStack) -> None:
         state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
         if "step" in state:
             state["step"] = state["step"].clone()
-        with torch.no_grad():
-            copy_tensors(self, model_param, {**tensors, "step": None})
+        copy_tensors(self, model_param, {**tensors, "step": None})
 
     replace(
         undo,

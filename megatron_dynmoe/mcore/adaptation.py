@@ -60,10 +60,15 @@ class ExpertAdaptation:
         self._events: list[Event] = []
 
     def watch(self, chunk: Any) -> None:
-        """Add a part of the model, once; its routers record from the first iteration on if the schedule says so."""
+        """Add a part of the model, once; its routers record from the first iteration on if the schedule says so.
+
+        Raises:
+            ConfigError: the optimizer's state cannot be reached; said here, not at the first update.
+        """
         if any(chunk is known for known in self.chunks):
             return
         self.chunks.append(chunk)
+        self.optimizer()
         for layer in _layers([chunk]):
             self._open_or_close(layer.router)
 
@@ -172,8 +177,8 @@ class ExpertAdaptation:
         steps, number = layer.router.steps, layer.router.layer_number
         halves = 2 if config.gated_linear_unit else 1
         width, inner = config.hidden_size, config.moe_ffn_hidden_size
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(((self.seed * 1_000_003 + steps) * 1009 + number) * 1009 + slot)
+        with torch.random.fork_rng(devices=[]):  # torch.manual_seed would seed CUDA too, and on this rank alone
+            torch.default_generator.manual_seed(((self.seed * 1_000_003 + steps) * 1009 + number) * 1009 + slot)
             fc1, fc2 = torch.empty(halves * inner, width, device="cpu"), torch.empty(width, inner, device="cpu")
             config.init_method(fc1)
             config.output_layer_init_method(fc2)

@@ -47,6 +47,7 @@ def check_config(config: TransformerConfig, dynmoe: DynMoEConfig) -> None:
         _refuse("moe_router_topk", dynmoe.topk, f"there are {columns} experts", f"use 1 to {columns}")
     if dynmoe.initial_experts is not None and dynmoe.initial_experts > experts:
         _refuse("moe_initial_experts", dynmoe.initial_experts, f"there are {experts} slots", f"use 1 to {experts}")
+    _check_adaptation(config, dynmoe)
     _check_shared_expert(config, dynmoe)
     _check_local(config, dynmoe)
     if dynmoe.gating_residual:
@@ -85,6 +86,15 @@ def _check_experts(config: TransformerConfig) -> None:
     if config.moe_router_dtype not in (None, "fp32"):
         reason = "gates and rules compute in float32, whatever the model's dtype"
         _refuse("moe_router_dtype", config.moe_router_dtype, reason, "use fp32, or leave it unset")
+
+
+def _check_adaptation(config: TransformerConfig, dynmoe: DynMoEConfig) -> None:
+    if not dynmoe.adaptive_experts or dynmoe.added_expert_init == "keep":
+        return
+    for name in ("fp8_param", "fp4_param"):
+        if getattr(config, name):
+            reason = f"--moe-added-expert-init {dynmoe.added_expert_init} writes weights, not their quantised form"
+            _refuse(f"{name}_gather", True, reason, "leave it off, or set --moe-added-expert-init keep")
 
 
 def _check_shared_expert(config: TransformerConfig, dynmoe: DynMoEConfig) -> None:

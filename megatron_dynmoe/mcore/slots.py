@@ -20,6 +20,9 @@ from torch.nn import Parameter
 from megatron_dynmoe.config import ConfigError
 from megatron_dynmoe.mcore.experts import TorchGroupedMLP
 
+# Options, of OptimizerConfig and DistributedDataParallelConfig, with which state lies where `write` does not look.
+_OUT_OF_REACH = ("use_precision_aware_optimizer", "optimizer_cpu_offload", "use_megatron_fsdp")
+
 
 @dataclass(frozen=True)
 class Slice:
@@ -53,20 +56,25 @@ def expert_weights(experts: Any, slot: int) -> tuple[Slice, Slice]:
 
 
 def check_optimizer(optimizer: Any) -> None:
-    """Refuse optimizers whose copies of the weights cannot be reached.
+    """Refuse optimizers whose copies of the weights cannot be reached, or that would save one for another.
 
     Raises:
         ConfigError: naming the optimizer.
     """
     for leaf in _leaves(optimizer):
         known = isinstance(leaf, FP32Optimizer | Float16OptimizerWithFloat16Params | DistributedOptimizer)
-        aware = getattr(leaf.config, "use_precision_aware_optimizer", False)
-        offloaded = getattr(leaf.config, "optimizer_cpu_offload", False)
-        if not known or aware or offloaded:
-            kind = "--use-precision-aware-optimizer" if aware else "--optimizer-cpu-offload" if offloaded else None
-            what = f"changes weights and optimizer state, which {kind or type(leaf).__name__} keeps out of reach"
+        options = {**vars(leaf.config), **vars(getattr(leaf, "ddp_config", leaf.config))}
+        hiding = [name for name in _OUT_OF_REACH if options.get(name)]
+        if not known or hiding:
+            kind = "--" + hiding[0].replace("_", "-") if hiding else type(leaf).__name__
+            what = f"changes weights and optimizer state, which {kind} keeps out of reach"
             raise ConfigError(
                 f"--moe-adaptive-experts {what}; accepted: Adam or SGD, plain or with --use-distributed-optimizer."
+            )
+        if isinstance(leaf, DistributedOptimizer) and not all(_by_number(leaf, p) is main for p, main in _shares(leaf)):
+            raise ConfigError(
+                "--use-distributed-optimizer was built without megatron_dynmoe.host.enable(), and would save float32 "
+                "and 16-bit parameters for one another; call host.enable() first thing in the program."
             )
 
 
@@ -78,10 +86,14 @@ def write(optimizer: Any, where: Slice, value: Tensor, *, reset: bool) -> None:
         optimizer: Megatron's, or ``None``: the model alone.
         where: what to set.
         value: of the shape of ``where.data``, the same on every rank that holds a copy.
+
+    Raises:
+        RuntimeError: what the optimizer keeps for the parameter is not of its length; nothing is written then.
     """
+    copies = list(main_copies(optimizer, where.parameter))
     where.data.copy_(value)
     begin, end = where.extent
-    for main, moments, first in _main_copies(optimizer, where.parameter):
+    for main, moments, first in copies:
         low, high = max(begin, first), min(end, first + main.numel())
         if low >= high:
             continue
@@ -91,25 +103,59 @@ def write(optimizer: Any, where: Slice, value: Tensor, *, reset: bool) -> None:
                 moment.view(-1)[low - first : high - first] = 0
 
 
+def main_copies(optimizer: Any, parameter: Parameter) -> Iterator[tuple[Tensor, list[Tensor], int]]:
+    """The tensor that the optimizer updates, its moments, and where it begins in the flattened parameter.
+
+    Nothing for a parameter of which this rank's share is empty.
+
+    Raises:
+        RuntimeError: one of them is not of the length of the parameter, or of this rank's share of it.
+    """
+    for leaf in _leaves(optimizer) if optimizer is not None else []:
+        if isinstance(leaf, DistributedOptimizer):
+            if parameter not in leaf.model_param_gbuf_map:
+                continue
+            main = next(main for model, main in _shares(leaf) if model is parameter)
+            share = leaf._get_model_param_range_map(parameter)["param"]
+            first, length = share.start, share.size
+        else:
+            main, first, length = getattr(parameter, "main_param", parameter), 0, parameter.numel()
+            if not any(main is held for group in leaf.optimizer.param_groups for held in group["params"]):
+                continue
+        state = {name: v for name, v in leaf.optimizer.state.get(main, {}).items() if isinstance(v, Tensor) and v.dim()}
+        for name, kept in {"copy": main, **state}.items():
+            if kept.numel() != length:
+                raise RuntimeError(
+                    f"the optimizer's {name} of {_name(leaf, parameter)} has {kept.numel()} numbers, but {length} of "
+                    f"the parameter's {parameter.numel()} are this rank's; the added expert was not written."
+                )
+        yield main, list(state.values()), first
+
+
 def _leaves(optimizer: Any) -> list[Any]:
     chained = getattr(optimizer, "chained_optimizers", None)
     leaves = [optimizer] if chained is None else [leaf for part in chained for leaf in _leaves(part)]
     return [leaf for leaf in leaves if not leaf.is_stub_optimizer]
 
 
-def _main_copies(optimizer: Any, parameter: Parameter) -> Iterator[tuple[Tensor, list[Tensor], int]]:
-    """The tensor that the optimizer updates, its moments, and where it begins in the flattened parameter."""
-    for leaf in _leaves(optimizer) if optimizer is not None else []:
-        if isinstance(leaf, DistributedOptimizer):
-            if parameter not in leaf.model_param_group_index_map:
-                continue
-            group, order = leaf.model_param_group_index_map[parameter]
-            main = leaf.optimizer.param_groups[group]["params"][order]
-            first = leaf._get_model_param_range_map(parameter)["param"].start
-        else:
-            main, first = getattr(parameter, "main_param", parameter), 0
-            if not any(main is held for group in leaf.optimizer.param_groups for held in group["params"]):
-                continue
-        state = leaf.optimizer.state.get(main, {})
-        moments = [v for v in state.values() if isinstance(v, Tensor) and v.numel() == main.numel() and v.dim() > 0]
-        yield main, moments, first
+def _shares(leaf: DistributedOptimizer) -> Iterator[tuple[Parameter, Tensor]]:
+    """Each parameter that this rank has a share of, and the tensor that the optimizer updates for it.
+
+    From the lists that megatron steps with.  Its numbers (``model_param_group_index_map``) are right only once
+    ``host/mixed_groups.py`` has mended them.
+    """
+    models = [*leaf.model_fp32_groups, *leaf.model_float16_groups]
+    mains = [*leaf.shard_fp32_groups, *leaf.shard_fp32_from_float16_groups]
+    for group, main_group in zip(models, mains, strict=True):
+        yield from zip(group, main_group, strict=True)
+
+
+def _by_number(leaf: DistributedOptimizer, parameter: Parameter) -> Tensor:
+    """What megatron saves and loads as the parameter's main copy."""
+    group, order = leaf.model_param_group_index_map[parameter]
+    return leaf.optimizer.param_groups[group]["params"][order]
+
+
+def _name(leaf: Any, parameter: Parameter) -> str:
+    named = (pair for chunk in getattr(leaf, "model_chunks", []) for pair in chunk.named_parameters())
+    return next((n for n, p in named if p is parameter), f"a parameter of shape {tuple(parameter.shape)}")
