@@ -24,9 +24,13 @@ from megatron_dynmoe.training.step import LossSums
 def model_shape(args: Namespace) -> ModelShape:
     """The shape of the model that Megatron's parsed flags describe."""
     freq = args.moe_layer_freq
-    moe = [int(i % freq == 0) for i in range(args.num_layers)] if isinstance(freq, int) else freq
+    moe = [int(i % freq == 0) for i in range(args.num_layers)] if isinstance(freq, int) else list(freq)
+    mtp_layers = args.mtp_num_layers or 0
+    if mtp_layers and args.mtp_use_repeated_layer:
+        mtp_layers = 1
+    moe += moe[-1:] * mtp_layers  # they are as the decoder's last layer
     return ModelShape(
-        layers=args.num_layers,
+        layers=args.num_layers + mtp_layers,
         moe_layers=sum(moe) if args.num_experts else 0,
         width=args.hidden_size,
         heads=args.num_attention_heads,
@@ -37,6 +41,7 @@ def model_shape(args: Namespace) -> ModelShape:
         experts=args.num_experts or 0,
         shared_width=args.moe_shared_expert_intermediate_size or 0,
         vocabulary=args.padded_vocab_size,
+        mtp_layers=mtp_layers,
         router_extra=router_extra(args),
         gated=args.swiglu,
         tied=not args.untie_embeddings_and_output_weights,
