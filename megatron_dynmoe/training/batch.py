@@ -108,16 +108,19 @@ def get_batch(
     )
 
 
-def packed_sequences(batch: dict[str, Any]) -> PackedSeqParams | None:
+def packed_sequences(batch: dict[str, Any], *, count: bool) -> PackedSeqParams | None:
     """What attention needs to know of the documents in ``batch``; ``None`` without documents.
 
-    Their lengths also go to Megatron's count of floating-point operations.
+    Args:
+        batch: of :func:`get_batch`.
+        count: add their lengths to Megatron's count of floating-point operations; once a training micro-batch.
     """
     if batch["cu_seqlens"] is None:
         return None
     ends, padded = batch["cu_seqlens"].squeeze(0), batch["cu_seqlens_padded"]
     padded = None if padded is None else padded.squeeze(0)
-    update_seqlen_stats_from_cu_seqlens(ends)
+    if count:
+        update_seqlen_stats_from_cu_seqlens(ends)
     longest = int(batch["max_seqlen"].item())
     used = ends if padded is None else padded  # as Megatron's entry: attention is told of padded documents only
     return PackedSeqParams(

@@ -55,7 +55,7 @@ def build_datasets(num_samples: list[int], vp_stage: int | None = None, *, confi
         config: of the model: says which stages read tokens.
 
     Raises:
-        ConfigError: with full validation, a data-parallel rank would have no sequence to validate.
+        ConfigError: with full validation, a data-parallel rank would have no sequence, or there is a test set.
     """
     args = get_args()
 
@@ -66,18 +66,21 @@ def build_datasets(num_samples: list[int], vp_stage: int | None = None, *, confi
 
     built = BlendedMegatronDatasetBuilder(_dataset_class(args), num_samples, read_here, dataset_config(args)).build()
     if args.full_validation:
-        _check_full_validation(built[1])
+        _check_full_validation(built[1], test=built[2])
     return tuple(built)
 
 
-def _check_full_validation(datasets: Any) -> None:
+def _check_full_validation(datasets: Any, *, test: Any) -> None:
     """megatron repeats each rank's share without end, so an empty one would be waited for without end."""
+    if test is not None:  # evaluate_and_print_results takes it for a list of sets (megatron/training/training.py:4365)
+        raise ConfigError("--full-validation cannot stand beside a test set; give --split a test share of 0.")
     least = get_data_parallel_world_size()
     for index, dataset in enumerate(datasets if isinstance(datasets, list) else [datasets]):
-        if dataset is not None and len(dataset) < least:
+        count = 0 if dataset is None else len(dataset)
+        if count < least:
             raise ConfigError(
-                f"--full-validation: validation set {index} has {len(dataset)} sequences for {least} data-parallel "
-                f"ranks; accepted: at least {least}, so that every rank has one."
+                f"--full-validation: validation set {index} has {count} sequences for {least} data-parallel ranks; "
+                f"accepted: at least {least}, so that every rank has one."
             )
 
 

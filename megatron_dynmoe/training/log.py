@@ -173,11 +173,15 @@ def log_evaluation(file: MetricsFile, tracker: RoutingTracker, losses: LossSums)
         return
     torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     loss, tokens = sums.tolist()
+    args = get_args()
     record = {
-        "iteration": get_args().iteration if tracker.iteration is None else tracker.iteration,
+        "iteration": args.iteration if tracker.iteration is None else tracker.iteration,
         "validation_loss": loss / tokens,
         "validation_tokens": int(tokens),
     }
+    if args.multiple_validation_sets:  # Megatron evaluates them in order
+        names = args.validation_set_names or [str(index) for index in range(len(args.eval_iters))]
+        record["validation_set"] = names[(losses.taken - 1) % len(names)]
     record |= summary.scalars()
     record["experts_per_token_by_layer"] = summary.experts_per_token_by_layer
     record["free_tokens_by_layer"] = summary.free_by_layer

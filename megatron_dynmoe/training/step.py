@@ -30,6 +30,7 @@ class LossSums:
 
     def __init__(self) -> None:
         self.loss_and_tokens: Tensor | None = None
+        self.taken = 0  # evaluations so far, each of one set
 
     def add(self, loss_and_tokens: Tensor) -> None:
         """Add [sum of losses, number of tokens], float."""
@@ -40,6 +41,7 @@ class LossSums:
     def take(self) -> Tensor | None:
         """The sums so far; they start again from zero."""
         sums, self.loss_and_tokens = self.loss_and_tokens, None
+        self.taken += 1
         return sums
 
 
@@ -120,13 +122,10 @@ def forward_step(
     args, timers = get_args(), get_timers()
     timers("batch-generator", log_level=2).start()
     with _stragglers(bdata=True):
-        batch = get_batch(
-            data_iterator,
-            get_model_config(model),
-            vp_stage=get_attr_wrapped_model(model, "vp_stage"),
-            micro_batch_size=args.micro_batch_size if model.training else args.eval_micro_batch_size,
-        )
-        packed = packed_sequences(batch)
+        vp_stage = get_attr_wrapped_model(model, "vp_stage")
+        size = args.micro_batch_size if model.training else args.eval_micro_batch_size
+        batch = get_batch(data_iterator, get_model_config(model), vp_stage=vp_stage, micro_batch_size=size)
+        packed = packed_sequences(batch, count=model.training and not vp_stage)
     timers("batch-generator").stop()
     inputs = (batch["tokens"], batch["position_ids"], batch["attention_mask"])
     targets = {"labels": batch["labels"], "loss_mask": batch["loss_mask"]}
