@@ -23,8 +23,11 @@ from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from megatron.training.utils.common_utils import is_first_or_last_pipeline_stage
 
 DOCUMENTS = ("cu_seqlens", "cu_seqlens_padded", "max_seqlen")
-KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask", *DOCUMENTS)
-KEYS += ("local_cp_size", "hybrid_cp_group")
+KEYS = (
+    *("tokens", "labels", "loss_mask", "position_ids", "attention_mask"),
+    *DOCUMENTS,
+    *("local_cp_size", "hybrid_cp_group"),
+)
 
 
 def packs_documents(args: Namespace) -> bool:

@@ -109,7 +109,7 @@ def run(args: Namespace, dynmoe: DynMoEConfig) -> None:
     )
     set_moe_metrics_tracker(tracker)
     datasets = partial(build_datasets, config=model.transformer)
-    datasets.is_distributed = True  # type: ignore[attr-defined]  # each rank decides whether it reads
+    datasets.is_distributed = True  # each rank decides whether it reads
     pretrain(
         pretrain_cfg_container_from_args(args, model),
         datasets,
