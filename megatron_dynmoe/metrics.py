@@ -151,7 +151,7 @@ def summarize(counts: Tensor, num_experts: int, kinds: list[str]) -> RoutingSumm
     cumulative = histogram.sum(dim=0).cumsum(0)
     p99 = int(torch.searchsorted(cumulative, -(-cumulative[-1] * 99 // 100)))
     return RoutingSummary(
-        experts_per_token=sum(by_layer.values()) / len(moe),
+        experts_per_token=rows.sum().item() / tokens.sum().item(),
         experts_per_token_p99=p99,
         experts_per_token_by_layer=by_layer,
         load_imbalance=sum(imbalance) / len(moe),
@@ -178,6 +178,8 @@ class ModelShape:
         shared_width: width of the shared expert, 0 for none. vocabulary: padded size.
         router_extra: parameters that a layer's router, mixer and zero-computation experts have beside the router's
             weight [E, D].
+        mtp_layers: those of ``layers`` that are for multi-token prediction; each has three more norms and a projection
+            of hidden state and embedding, side by side.
         gated: SwiGLU (three matrices) or two. tied: output layer shares the embedding.
     """
 
@@ -193,6 +195,7 @@ class ModelShape:
     vocabulary: int
     shared_width: int = 0
     router_extra: int = 0
+    mtp_layers: int = 0
     gated: bool = True
     tied: bool = False
 
@@ -208,9 +211,10 @@ class ModelShape:
         attention = 2 * self.width * self.head_width * (self.heads + self.query_groups)
         dense = (self.layers - self.moe_layers) * matrices * self.width * self.dense_width
         moe = self.experts * self.width + self.router_extra + matrices * self.width * self.shared_width
-        norms = (2 * self.layers + 1) * self.width
+        norms = (2 * self.layers + 1 + 3 * self.mtp_layers) * self.width
         embeddings = (1 if self.tied else 2) * self.vocabulary * self.width
-        return embeddings + self.layers * attention + dense + self.moe_layers * moe + norms
+        projections = self.mtp_layers * 2 * self.width**2
+        return embeddings + self.layers * attention + dense + self.moe_layers * moe + norms + projections
 
     @property
     def total(self) -> int:

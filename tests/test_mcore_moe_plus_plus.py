@@ -72,7 +72,6 @@ def check_layer_against_reference() -> None:
             {"gating_residual": True},
             "shapes|variable",
         ),
-        ({"mtp_num_layers": 1}, {"gating_residual": True}, "multi-token"),
         ({"fp32_residual_connection": True}, {"gating_residual": True}, "fp32-residual"),
     ):
         with pytest.raises(ConfigError, match=named):

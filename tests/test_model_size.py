@@ -33,6 +33,9 @@ VARIANTS = {
     "not gated": ({"--swiglu"}, ""),
     "top-any": (set(), "--moe-preset dynmoe --moe-gate cosine --moe-train-cosine-scale"),
     "residual": (set(), "--moe-shared-expert-intermediate-size 704 --moe-residual"),
+    "two layers predict later tokens": (set(), "--mtp-num-layers 2"),
+    "they are dense": (set(), "--moe-layer-freq [1]*23+[0] --mtp-num-layers 1"),
+    "one layer does it twice": (set(), "--mtp-num-layers 2 --mtp-use-repeated-layer"),
     "several at once": (
         set(),
         "--moe-layer-freq 2 --moe-shared-expert-intermediate-size 704 --group-query-attention --num-query-groups 4",
@@ -96,25 +99,25 @@ def count(flags: list[str]) -> dict[str, int]:
     from megatron.training.argument_utils import gpt_config_from_args
     from megatron.training.arguments import parse_and_validate_args
     from megatron.training.global_vars import destroy_global_vars
-    from megatron.training.models.gpt import GPTModelBuilder
 
     from megatron_dynmoe import host
     from megatron_dynmoe.training.arguments import add_dynmoe_args, dynmoe_from_args, prepare_argv
     from megatron_dynmoe.training.log import model_shape
-    from megatron_dynmoe.training.pretrain import layer_spec
+    from megatron_dynmoe.training.model import DynamicGPTModelBuilder, DynamicGPTModelConfig, layer_spec
 
     sys.argv[1:] = [*host.default_flags(), *prepare_argv(flags)]
     args = parse_and_validate_args(add_dynmoe_args)
     destroy_global_vars()
     destroy_num_microbatches_calculator()
 
-    config = gpt_config_from_args(args)
+    config = gpt_config_from_args(args, model_config_cls=DynamicGPTModelConfig)
     if args.num_experts:
-        config.transformer_layer_spec = partial(layer_spec, dynmoe=dynmoe_from_args(args))
+        config.dynmoe = dynmoe_from_args(args)
+        config.transformer_layer_spec = partial(layer_spec, dynmoe=config.dynmoe)
     # Then parameters are made on the default device, which is meta, and nobody tries to fill them.
     config.transformer.use_cpu_initialization, config.transformer.perform_initialization = True, False
     with torch.device("meta"):
-        model = GPTModelBuilder(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
+        model = DynamicGPTModelBuilder(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
     assert all(parameter.is_meta for parameter in model.parameters())
 
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}

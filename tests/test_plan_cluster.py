@@ -94,6 +94,7 @@ def test_moe_layer_patterns(frequency, layers, expected):
         (["--zipf-exponent", "-1"], ["zipf exponent", "-1", "at least 0"]),
         (["--metrics-file", "nowhere.jsonl"], ["--metrics-file", "--mean-k", "one of"]),
         (["--top", "0"], ["--top", "0", "at least 1"]),
+        (["--mtp-num-layers", "1"], ["--mtp-num-layers", "1", "no place"]),
     ],
 )
 def test_refusals(model_file, capsys, extra, parts):

@@ -56,6 +56,11 @@ def main(argv: list[str] | None = None) -> int:
         f"{done.checkpoint} -> {done.path}: {done.parameters / 1e6:.1f}M parameters, {done.bytes / 1e6:.0f} MB "
         f"in {done.shards} shard(s), vocabulary of {done.vocab_size}"
     )
+    if done.left_out:
+        print(
+            f"left out: the layers of multi-token prediction, {len(done.left_out)} tensors from {done.left_out[0]} to "
+            f"{done.left_out[-1]}"
+        )
     return 0
 
 

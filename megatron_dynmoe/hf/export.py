@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .checkpoint import DistCheckpoint, ExportError
-from .mapping import Piece, plan, stored_dtype
+from .mapping import Piece, left_out, plan, stored_dtype
 from .saved_args import config_fields
 from .slots import slot_fields
 
@@ -31,7 +31,10 @@ _CODE = ("configuration_dynmoe.py", "router_dynmoe.py", "free_experts_dynmoe.py"
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written, from which `checkpoint`: `bytes` are those of the weights, `shards` their files."""
+    """What was written, from which `checkpoint`: `bytes` are those of the weights, `shards` their files.
+
+    `left_out` are keys of the checkpoint that the exported model has no use for.
+    """
 
     path: Path
     checkpoint: Path
@@ -39,6 +42,7 @@ class Exported:
     bytes: int
     shards: int
     vocab_size: int
+    left_out: tuple[str, ...] = ()
 
 
 def export(
@@ -89,7 +93,7 @@ def export(
         tensors = _tensors(checkpoint, pieces, wanted, progress=progress)
         parameters, size, shards = _write_shards(tensors, folder, max_shard_bytes)
         _write_config(folder, fields, wanted, tokenizer)
-    return Exported(out, checkpoint.path, parameters, size, shards, fields["vocab_size"])
+    return Exported(out, checkpoint.path, parameters, size, shards, fields["vocab_size"], tuple(left_out(checkpoint)))
 
 
 def check_target(out: Path, *, overwrite: bool) -> None:

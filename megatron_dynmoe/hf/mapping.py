@@ -38,6 +38,7 @@ def plan(checkpoint: DistCheckpoint, fields: dict[str, Any], vocab_size: int) ->
         ExportError: a key is missing or has not the shape that the arguments say, or a weight is left over.
     """
     keys = _Keys(checkpoint)
+    keys.unused |= set(left_out(checkpoint))
     width, rows = fields["hidden_size"], partial(_cut, rows=vocab_size)
     vocabulary = (None, width)
     pieces = [keys.piece("embedding.word_embeddings.weight", vocabulary, rows("model.embed_tokens.weight"))]
@@ -51,6 +52,14 @@ def plan(checkpoint: DistCheckpoint, fields: dict[str, Any], vocab_size: int) ->
         keys.unused.add(f"decoder.layers.{fields['moe_layers'].index(1)}.mlp.router.gate_map")
     keys.check_all_used(pieces)
     return pieces
+
+
+def left_out(checkpoint: DistCheckpoint) -> list[str]:
+    """Keys of the layers of multi-token prediction: they help training, and the exported model computes the same
+    without them."""
+    if not getattr(checkpoint.args, "mtp_num_layers", None):
+        return []
+    return sorted(key for key in checkpoint.shapes if key.startswith("mtp."))
 
 
 def _layer(keys: "_Keys", layer: int, fields: dict[str, Any]) -> Iterator[Piece]:

@@ -30,7 +30,6 @@ _EXPRESSIBLE: dict[str, tuple[Any, ...]] = {
     "rotary_seq_len_interpolation_factor": (None,),
     "use_rope_scaling": (False,),
     "no_rope_freq": (None,),
-    "mtp_num_layers": (None, 0),
     "use_mup": (False,),
     "moe_gate": ("softmax", "tanh", "cosine"),
     "moe_rule": ("top-p", "top-k", "top-any"),

@@ -135,9 +135,7 @@ class ExpertAdaptation:
             change.apply(router.experts_mask)
             router.clear()
             active = int(router.experts_mask.sum())
-            events.append(
-                Event(iteration, router.layer_number - 1, change.removed, change.added, active, change.unrouted)
-            )
+            events.append(Event(iteration, router.layer_index, change.removed, change.added, active, change.unrouted))
         return events
 
     def optimizer(self) -> Any:
@@ -174,7 +172,7 @@ class ExpertAdaptation:
         if not 0 <= local < layer.num_local_experts:
             return
         config, rank = layer.config, layer.experts.tp_group.rank()
-        steps, number = layer.router.steps, layer.router.layer_number
+        steps, number = layer.router.steps, layer.router.layer_index + 1
         halves = 2 if config.gated_linear_unit else 1
         width, inner = config.hidden_size, config.moe_ffn_hidden_size
         with torch.random.fork_rng(devices=[]):  # torch.manual_seed would seed CUDA too, and on this rank alone
@@ -205,7 +203,7 @@ class ExpertAdaptation:
         Every rank calls it; ranks that hold the same layers say the same.
         """
         self._gather_weights()
-        mine = (self._events, {layer.router.layer_number - 1: _describe(layer.router) for layer in self.layers})
+        mine = (self._events, {layer.router.layer_index: _describe(layer.router) for layer in self.layers})
         self._events = []
         said: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(said, mine)

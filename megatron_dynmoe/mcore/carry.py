@@ -2,7 +2,8 @@
 
 ``TransformerBlock`` hands each layer's output to the next untouched, through full recompute and across pipeline stages,
 so what stands beside the hidden states arrives wherever they do, and its gradient comes back: exact by construction.
-The first MoE layer appends, later ones replace, dense layers pass on, the last layer of the model strips.
+The first MoE layer appends, later ones replace, dense layers pass on, the last layer of the decoder strips.  A layer of
+multi-token prediction sees other tokens than the decoder's layers: it begins anew, as the first MoE layer does.
 """
 
 from __future__ import annotations
@@ -31,6 +32,6 @@ class CarryingTransformerLayer(TransformerLayer):
         hidden_states, context = super().forward(hidden_states, *args, **kwargs)
         if mixture:
             carried, self.mlp.carried = self.mlp.carried, None
-        if carried is None or self.layer_number == self.config.num_layers:
+        if carried is None or self.is_mtp_layer or self.layer_number == self.config.num_layers:
             return hidden_states, context
         return torch.cat([hidden_states, carried], dim=-1), context

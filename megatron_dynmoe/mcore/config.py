@@ -128,9 +128,6 @@ def _check_carry(config: TransformerConfig) -> None:
     if config.pipeline_model_parallel_size > 1 and not config.variable_seq_lengths:
         reason = "stages would assume hidden states without the logits beside them"
         _refuse("moe_gating_residual", True, reason, "set variable_seq_lengths in the TransformerConfig")
-    if config.mtp_num_layers:
-        reason = "multi-token prediction layers come after the last layer, which strips the logits"
-        _refuse("moe_gating_residual", True, reason, "drop one of the two")
     if config.cuda_graph_impl != "none":
         _refuse("moe_gating_residual", True, "CUDA graphs assume hidden states alone", "set --cuda-graph-impl none")
     for name in ("mlp_chunks_for_training", "mlp_chunks_for_prefill"):

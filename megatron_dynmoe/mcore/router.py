@@ -143,13 +143,24 @@ class DynamicRouter(Router):
         """
 
     @property
+    def layer_index(self) -> int:
+        """Of this router's layer, from 0; layers of multi-token prediction follow those of the decoder."""
+        return self._log_layer - 1
+
+    @property
     def _log_layer(self) -> int:
         return self.layer_number + (self.config.num_layers if self.is_mtp_layer else 0)
+
+    @property
+    def _applications(self) -> int:
+        """How often the layer runs in a forward pass; its losses are divided by it, as megatron-core's are."""
+        repeated = self.is_mtp_layer and self.config.mtp_use_repeated_layer
+        return (self.config.mtp_num_layers or 1) if repeated else 1
 
     def _observe(self, routing: Routing, valid_T: Tensor | None) -> None:
         tracker = get_moe_metrics_tracker()
         if isinstance(tracker, RoutingTracker) and self.layer_number is not None:
-            tracker.observe(self._log_layer - 1, routing, valid_T, training=self.training)
+            tracker.observe(self.layer_index, routing, valid_T, training=self.training)
 
     def _jitter(self, input: Tensor) -> Tensor:
         eps = self.dynmoe.input_jitter_eps
@@ -171,8 +182,8 @@ class DynamicRouter(Router):
             counted = routing
         losses = router_losses(counted, self.dynmoe, totals := self._totals(counted.map_TC), self.weight, self.active_E)
         for name, (_, loss) in losses.items():
-            self._log(name, loss)
-        total = sum(coeff * loss for coeff, loss in losses.values())
+            self._log(name, loss / self._applications)
+        total = sum(coeff * loss for coeff, loss in losses.values()) / self._applications
         if self.calculate_per_token_loss:
             # Gradients are divided by the global token count later; see attach_and_log_load_balancing_loss in
             # megatron-core's router.py for the derivation.

@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -41,6 +42,21 @@ def dynamic_layer_spec(spec: Any, dynmoe: DynMoEConfig) -> Any:
     # A block may be one pipeline stage's share of the layers, all of them dense; a single layer must be an MoE layer.
     if not any(replaced) and not hasattr(spec, "layer_specs"):
         raise ConfigError("the layer spec has no MoE layer to make dynamic; build it with num_experts set.")
+    return spec
+
+
+def dynamic_mtp_spec(spec: MultiTokenPredictionBlockSubmodules, dynmoe: DynMoEConfig | None) -> Any:
+    """A copy of the spec of multi-token prediction in which MoE layers are dynamic; norms as in the decoder's spec.
+
+    Args:
+        spec: as megatron-core's ``get_gpt_mtp_block_spec`` returns.
+        dynmoe: the routers' configuration; ``None``: norms alone.
+    """
+    spec = replace_norms(spec)
+    for layer in spec.layer_specs if dynmoe is not None else ():
+        inner = layer.submodules.mtp_model_layer
+        if _rewrite(inner.submodules, dynmoe) and dynmoe.gating_residual:
+            _carry(inner)
     return spec
 
 

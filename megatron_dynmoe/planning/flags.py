@@ -23,6 +23,7 @@ _NUMBERS = {
     "moe_ffn_hidden_size": None,
     "num_experts": None,
     "moe_shared_expert_intermediate_size": 0,
+    "mtp_num_layers": 0,
     "vocab_size": None,
     "make_vocab_size_divisible_by": 128,
     "seq_length": None,
@@ -108,6 +109,7 @@ def model_of(args: Namespace) -> Model:
         raise PlanError(f"the model lacks {', '.join(missing)}; give them, or a file with them as --model.")
     for name in ("num_layers", "hidden_size", "num_attention_heads", "num_experts"):
         require(getattr(args, name) >= 1, _flag(name), getattr(args, name), "at least 1")
+    require(not args.mtp_num_layers, "--mtp-num-layers", args.mtp_num_layers, "0, as the plan has no place for them")
     ffn = args.ffn_hidden_size  # the defaults are those of megatron/training/arguments.py
     if ffn is None:
         ffn = int(4 * args.hidden_size * 2 / 3 / 64) * 64 if args.swiglu else 4 * args.hidden_size

@@ -24,9 +24,13 @@ from megatron_dynmoe.training.step import LossSums
 def model_shape(args: Namespace) -> ModelShape:
     """The shape of the model that Megatron's parsed flags describe."""
     freq = args.moe_layer_freq
-    moe = [int(i % freq == 0) for i in range(args.num_layers)] if isinstance(freq, int) else freq
+    moe = [int(i % freq == 0) for i in range(args.num_layers)] if isinstance(freq, int) else list(freq)
+    mtp_layers = args.mtp_num_layers or 0
+    if mtp_layers and args.mtp_use_repeated_layer:
+        mtp_layers = 1
+    moe += moe[-1:] * mtp_layers  # they are as the decoder's last layer
     return ModelShape(
-        layers=args.num_layers,
+        layers=args.num_layers + mtp_layers,
         moe_layers=sum(moe) if args.num_experts else 0,
         width=args.hidden_size,
         heads=args.num_attention_heads,
@@ -37,6 +41,7 @@ def model_shape(args: Namespace) -> ModelShape:
         experts=args.num_experts or 0,
         shared_width=args.moe_shared_expert_intermediate_size or 0,
         vocabulary=args.padded_vocab_size,
+        mtp_layers=mtp_layers,
         router_extra=router_extra(args),
         gated=args.swiglu,
         tied=not args.untie_embeddings_and_output_weights,
@@ -168,11 +173,15 @@ def log_evaluation(file: MetricsFile, tracker: RoutingTracker, losses: LossSums)
         return
     torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     loss, tokens = sums.tolist()
+    args = get_args()
     record = {
-        "iteration": get_args().iteration if tracker.iteration is None else tracker.iteration,
+        "iteration": args.iteration if tracker.iteration is None else tracker.iteration,
         "validation_loss": loss / tokens,
         "validation_tokens": int(tokens),
     }
+    if args.multiple_validation_sets:  # Megatron evaluates them in order
+        names = args.validation_set_names or [str(index) for index in range(len(args.eval_iters))]
+        record["validation_set"] = names[(losses.taken - 1) % len(names)]
     record |= summary.scalars()
     record["experts_per_token_by_layer"] = summary.experts_per_token_by_layer
     record["free_tokens_by_layer"] = summary.free_by_layer

@@ -15,19 +15,19 @@ from megatron.core.transformer.moe.moe_logging import set_moe_metrics_tracker
 from megatron.training import get_tokenizer, pretrain
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args, parse_args
-from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dynmoe import host
 from megatron_dynmoe.config import DynMoEConfig
 from megatron_dynmoe.mcore.adaptation import ExpertAdaptation
 from megatron_dynmoe.mcore.checkpoint import check_folder, latest_folder
-from megatron_dynmoe.mcore.norm import replace_norms
-from megatron_dynmoe.mcore.specs import dynamic_layer_spec
 from megatron_dynmoe.mcore.tracker import RoutingTracker
 from megatron_dynmoe.training.arguments import add_dynmoe_args, dynmoe_from_args, prepare_argv
+from megatron_dynmoe.training.batch import get_embedding_ranks
 from megatron_dynmoe.training.datasets import build_datasets, data_prefixes
 from megatron_dynmoe.training.log import MetricsFile, log_evaluation, log_interval
+from megatron_dynmoe.training.model import DynamicGPTModelConfig, layer_spec
+from megatron_dynmoe.training.refused import check_flags
 from megatron_dynmoe.training.step import LossSums, forward_step
 
 # Losses that Megatron does not know of, by the first part of their name.
@@ -51,7 +51,9 @@ def main(argv: list[str] | None = None, *, check_data: DataCheck | None = None) 
     try:
         argv = prepare_argv(sys.argv[1:] if argv is None else argv)
         sys.argv[1:] = [*host.default_flags(), *argv]
-        dynmoe = dynmoe_from_args(parse_args(add_dynmoe_args))  # before Megatron's own checks, which use assertions
+        parsed = parse_args(add_dynmoe_args)
+        check_flags(parsed)  # before Megatron's own checks, which use assertions
+        dynmoe = dynmoe_from_args(parsed)
         args = parse_and_validate_args(add_dynmoe_args)
         if check_data is not None:
             vocabulary = get_tokenizer().vocab_size
@@ -88,7 +90,8 @@ def check_load(args: Namespace) -> None:
 
 def run(args: Namespace, dynmoe: DynMoEConfig) -> None:
     """Train as ``args`` say; Megatron is parsed and validated, but not yet initialised."""
-    model = gpt_config_from_args(args)
+    model = gpt_config_from_args(args, model_config_cls=DynamicGPTModelConfig)
+    model.dynmoe = dynmoe if args.num_experts else None
     model.transformer_layer_spec = partial(layer_spec, dynmoe=dynmoe)
     if dynmoe.gating_residual and args.pipeline_model_parallel_size > 1:
         model.transformer.variable_seq_lengths = True  # stages tell each other how wide the hidden tensor is
@@ -105,16 +108,13 @@ def run(args: Namespace, dynmoe: DynMoEConfig) -> None:
         on_step=None if adaptation is None else adaptation.after_step,
     )
     set_moe_metrics_tracker(tracker)
+    datasets = partial(build_datasets, config=model.transformer)
+    datasets.is_distributed = True  # each rank decides whether it reads
     pretrain(
         pretrain_cfg_container_from_args(args, model),
-        build_datasets,
+        datasets,
         ModelType.encoder_or_decoder,
         partial(forward_step, evaluation=losses, watch=None if adaptation is None else adaptation.watch),
+        get_embedding_ranks=partial(get_embedding_ranks, config=model.transformer),
         non_loss_data_func=lambda model: log_evaluation(file, tracker, losses),
     )
-
-
-def layer_spec(config: GPTModelConfig, vp_stage: int | None = None, *, dynmoe: DynMoEConfig) -> Any:
-    """Megatron's own choice of layer spec for ``config``, with its MoE layers made dynamic; dense models stay dense."""
-    spec = default_layer_spec(config, vp_stage)
-    return replace_norms(spec) if config.num_moe_experts is None else dynamic_layer_spec(spec, dynmoe)

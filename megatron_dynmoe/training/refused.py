@@ -1,0 +1,128 @@
+"""Megatron's flags that this entry cannot act on: refused by name, so that none is ignored in silence."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable
+from importlib.util import find_spec
+
+from megatron.core.transformer.enums import LayerType
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+
+from megatron_dynmoe.config import ConfigError
+
+# The name under which Megatron's parser keeps a flag -> why it cannot act here, and what to do instead.
+REFUSED: dict[str, str] = {
+    "moe_routing_trace_path": "the trace looks for routers of stock top-k (router_trace.py) and would stay empty; "
+    "--moe-metrics-file writes what each layer routed",
+}
+
+
+def _local(args: Namespace) -> bool:
+    return args.transformer_impl == "local"
+
+
+def _mask_is_passed_over(args: Namespace) -> bool:
+    fused = args.masked_softmax_fusion and (args.bf16 or args.fp16)
+    return not _local(args) or fused or not args.create_attention_mask_in_dataloader or args.window_size is not None
+
+
+def _mtp_on_first_rank(args: Namespace) -> bool:
+    layout, size = args.pipeline_model_parallel_layout, args.pipeline_model_parallel_size
+    if not args.mtp_num_layers or size < 2:
+        return False
+    try:
+        stages = PipelineParallelLayerLayout(layout, size).layout
+    except (AssertionError, ValueError):  # Megatron's own checks say what is wrong with it
+        return False
+    return any(LayerType.mtp in stage for stage in stages[0])
+
+
+def _lacks(package: str) -> Callable[[Namespace], bool]:
+    return lambda _: find_spec(package) is None
+
+
+def _stages(args: Namespace) -> bool:
+    return args.pipeline_model_parallel_size > 1
+
+
+_NEEDS_TE = (
+    "the local attention takes whole sequences (dot_product_attention.py); set --transformer-impl transformer_engine"
+)
+_OUTPUT_LAYER = "Megatron looks for the output layer on every pipeline stage (training.py:2092); use one stage"
+
+# (flag, whether it cannot act beside the others that were given, why and what to do instead)
+REFUSED_WITH: list[tuple[str, Callable[[Namespace], bool], str]] = [
+    ("sft", _local, _NEEDS_TE),
+    ("sft", _lacks("datasets"), "Megatron reads conversations with the package datasets, which is missing; install it"),
+    ("dataloader_inter_document_masking", _local, _NEEDS_TE),
+    ("context_parallel_size", lambda args: args.context_parallel_size > 1 and _local(args), _NEEDS_TE),
+    ("logits_load_dir", _stages, _OUTPUT_LAYER),
+    ("logits_save_dir", _stages, _OUTPUT_LAYER),
+    ("logits_load_dir", _lacks("zstandard"), "the logits are packed with zstandard, which is missing; install it"),
+    ("logits_save_dir", _lacks("zstandard"), "the logits are packed with zstandard, which is missing; install it"),
+    (
+        "logits_load_dir",
+        lambda args: not (args.bf16 or args.fp16),
+        "in float32 the cross entropy overwrites the logits (cross_entropy.py:42) before they are compared; set --bf16",
+    ),
+    (
+        "reset_attention_mask",
+        _mask_is_passed_over,
+        "only the local attention reads a mask, unfused, without a window, and where the data loader makes one; "
+        "use --dataloader-inter-document-masking with Transformer Engine",
+    ),
+    (
+        "reset_position_ids",
+        lambda args: args.position_embedding_type in ("rope", "yarn") and not args.reset_attention_mask,
+        "rotary positions do not read them, and count the same only within a document; add --reset-attention-mask",
+    ),
+    (
+        "multiple_validation_sets",
+        lambda args: not args.full_validation,
+        "Megatron has it for whole sets only (training.py:4578); add --full-validation",
+    ),
+    (
+        "full_validation",
+        lambda args: not args.multiple_validation_sets,
+        "Megatron fails to evaluate what is no list of sets (training.py:4382); add --multiple-validation-sets, "
+        "which takes one set as well",
+    ),
+    (
+        "full_validation",
+        lambda args: (args.eval_micro_batch_size or args.micro_batch_size) != 1,
+        "it reads one sequence at a time (data_samplers.py:241); set --eval-micro-batch-size 1",
+    ),
+    (
+        "pipeline_model_parallel_layout",
+        _mtp_on_first_rank,
+        "layers of multi-token prediction on the first pipeline rank would keep an embedding of zeros "
+        "(language_module.py:281); put them on a later one",
+    ),
+]
+
+
+def check_flags(args: Namespace) -> None:
+    """Refuse what was given of :data:`REFUSED`, and of :data:`REFUSED_WITH` beside flags that it clashes with.
+
+    Args:
+        args: as Megatron's parser returns them, before anything else has changed them.
+
+    Raises:
+        ConfigError: names the flag, its value and what to do instead.
+    """
+    for name, reason in REFUSED.items():
+        _refuse_if(_given(args, name), args, name, reason)
+    for name, clashes, reason in REFUSED_WITH:
+        _refuse_if(_given(args, name) and clashes(args), args, name, reason)
+
+
+def _given(args: Namespace, name: str) -> bool:
+    value = getattr(args, name, None)
+    return value is not None and value is not False and value != []
+
+
+def _refuse_if(refused: bool, args: Namespace, name: str, reason: str) -> None:
+    if refused:
+        flag = f"--{name.replace('_', '-')}"
+        raise ConfigError(f"{flag} is {getattr(args, name)!r}, which cannot be honoured: {reason}.")
