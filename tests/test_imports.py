@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "megatron_dynmoe"
 
 LEVELS = [
-    {"presets"},
+    {"presets", "errors"},
     {"config"},
     {"routing"},
     {"routers", "dispatch", "experts", "losses", "metrics", "controllers", "planning"},
