@@ -10,8 +10,8 @@ from pathlib import Path
 # What the machine or the user's paths say, by the operating system's own words.
 _OF_THE_USER = {
     getattr(errno, name)
-    for name in "EACCES EPERM EROFS ENOENT EEXIST ENOTDIR EISDIR ENOTEMPTY ENAMETOOLONG ENOSPC EDQUOT EFBIG ELOOP ENXIO "
-    "EMFILE ENFILE EIO ESTALE ENODEV EINVAL".split()
+    for name in "EACCES EPERM EROFS ENOENT EEXIST ENOTDIR EISDIR ENOTEMPTY ENAMETOOLONG ENOSPC EDQUOT EFBIG ELOOP "
+    "ENXIO EMFILE ENFILE EIO ESTALE ENODEV EINVAL".split()
 }
 # Without a path these are about memory, sockets or pipes; a full disk is a full disk.
 _WITHOUT_PATH = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE}

@@ -331,3 +331,30 @@ def attempt(argv: list[str]) -> tuple[int, str]:
             with contextlib.suppress(AttributeError):
                 unset_num_microbatches_calculator()
     return code, said.getvalue() + (other.getvalue() if argv == ["--help"] else "")
+
+
+def describe(base: list[str], folder: str) -> None:
+    """Write Megatron's flags to ``folder``: by name their options, and what the entry says to each refused one."""
+    from argparse import ArgumentParser
+
+    from megatron.training.arguments import add_megatron_arguments
+
+    from megatron_dynmoe.training.refused import REFUSED
+
+    parser = add_megatron_arguments(ArgumentParser(allow_abbrev=False, add_help=False))
+    kitchen = {action for group in parser._action_groups if group.title == "kitchen" for action in group._group_actions}
+    flags: dict[str, list[str]] = {}
+    for action in parser._actions:
+        if action not in kitchen:  # of a library that is not Megatron's
+            flags.setdefault(action.dest, []).extend(action.option_strings)
+    refused = {a.dest: attempt([*base, *given(a)]) for a in parser._actions if a.dest in REFUSED}
+    Path(folder, "flags.json").write_text(json.dumps({"flags": flags, "refused": refused, "reasons": REFUSED}))
+
+
+def given(action: Any) -> list[str]:
+    """A command line that gives the flag, with another value than its default."""
+    option = next(name for name in action.option_strings if name.startswith("--"))
+    if action.nargs == 0:
+        return [option]
+    value = next((str(choice) for choice in action.choices or () if choice != action.default), "7")
+    return [option, *[value] * (action.nargs if isinstance(action.nargs, int) else 1)]

@@ -11,29 +11,29 @@ from megatron_dynmoe.config import ConfigError
 # The least that is accepted, where the flag is given.
 LEAST = {
     1: """
-    num_layers hidden_size ffn_hidden_size num_attention_heads kv_channels seq_length max_position_embeddings
-    seed num_experts moe_ffn_hidden_size moe_shared_expert_intermediate_size num_query_groups
-    micro_batch_size global_batch_size eval_micro_batch_size eval_global_batch_size train_samples
-    tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size expert_model_parallel_size
-    expert_tensor_parallel_size num_layers_per_virtual_pipeline_stage num_virtual_stages_per_pipeline_rank
-    make_vocab_size_divisible_by vocab_size padded_vocab_size num_distributed_optimizer_instances
-    log_interval eval_interval tensorboard_log_interval log_memory_interval
-    save_retain_interval non_persistent_save_interval adlr_autoresume_interval
-    save_params_interval save_activations_interval save_tokens_per_expert_interval save_wgrads_interval
-    save_dgrads_interval check_weight_hash_across_dp_replicas_interval gpu_sniff_test_interval
-    distributed_timeout_minutes distributed_timeout_seconds_after_init dist_ckpt_workers
-    recompute_num_layers ddp_num_buckets ddp_bucket_size replication_factor
-    microbatch_group_size_per_vp_stage num_dataset_builder_threads loss_scale_window tensorboard_queue_size
+    num_layers hidden_size ffn_hidden_size num_attention_heads kv_channels seq_length max_position_embeddings seed
+    num_experts moe_ffn_hidden_size moe_shared_expert_intermediate_size num_query_groups micro_batch_size
+    global_batch_size eval_micro_batch_size eval_global_batch_size train_samples tensor_model_parallel_size
+    pipeline_model_parallel_size context_parallel_size expert_model_parallel_size expert_tensor_parallel_size
+    num_layers_per_virtual_pipeline_stage num_virtual_stages_per_pipeline_rank make_vocab_size_divisible_by
+    vocab_size padded_vocab_size num_distributed_optimizer_instances log_interval eval_interval
+    tensorboard_log_interval log_memory_interval save_retain_interval non_persistent_save_interval
+    adlr_autoresume_interval save_params_interval save_activations_interval save_tokens_per_expert_interval
+    save_wgrads_interval save_dgrads_interval check_weight_hash_across_dp_replicas_interval gpu_sniff_test_interval
+    distributed_timeout_minutes distributed_timeout_seconds_after_init dist_ckpt_workers recompute_num_layers
+    ddp_num_buckets ddp_bucket_size replication_factor microbatch_group_size_per_vp_stage
+    num_dataset_builder_threads loss_scale_window tensorboard_queue_size
     """,
     0: """
     eval_iters train_iters num_workers ckpt_step lr min_lr decoupled_lr decoupled_min_lr lr_warmup_iters
     lr_warmup_samples lr_warmup_init lr_warmup_fraction lr_decay_iters lr_decay_samples lr_wsd_decay_iters
-    lr_wsd_decay_samples weight_decay start_weight_decay end_weight_decay clip_grad
-    adam_eps attention_dropout hidden_dropout layernorm_epsilon init_method_std embedding_init_method_std rotary_percent rotary_base profile_step_start
-    profile_step_end start_eval_at_iter mid_level_dataset_surplus decoder_first_pipeline_num_layers
-    decoder_last_pipeline_num_layers moe_z_loss_coeff mtp_loss_scaling_factor num_layers_at_start_in_bf16
-    num_layers_at_end_in_bf16 initial_loss_scale min_loss_scale loss_scale hysteresis fim_rate fim_spm_rate
-    save_interval exit_interval exit_duration_in_mins train_sync_interval manual_gc_interval mtp_num_layers
+    lr_wsd_decay_samples weight_decay start_weight_decay end_weight_decay clip_grad adam_eps attention_dropout
+    hidden_dropout layernorm_epsilon init_method_std embedding_init_method_std rotary_percent rotary_base
+    profile_step_start profile_step_end start_eval_at_iter mid_level_dataset_surplus
+    decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers moe_z_loss_coeff mtp_loss_scaling_factor
+    num_layers_at_start_in_bf16 num_layers_at_end_in_bf16 initial_loss_scale min_loss_scale loss_scale hysteresis
+    fim_rate fim_spm_rate save_interval exit_interval exit_duration_in_mins train_sync_interval manual_gc_interval
+    mtp_num_layers
     """,
 }
 # Shares: above 1 they mean nothing, at 1 nothing is left.
