@@ -21,6 +21,9 @@ NAMES: dict[str, list[str]] = {
     "dispatch_unit": ["auto", "expert", "rank"],
 }
 
+# Of one layer, of one kind: far above all published models, and below what a mistyped number makes of a router.
+MOST_EXPERTS = 65536
+
 COEFFICIENTS = ("load_balance_coeff", "entropy_coeff", "diversity_coeff", "simplicity_coeff", "efficiency_coeff")
 
 
@@ -178,8 +181,8 @@ class DynMoEConfig:
         self._require("max_experts_per_token", cap is None or _is_count(cap), "a whole number of at least 1, or unset")
         rows, share = self.max_rows, self.max_rows_per_token
         self._require("max_rows", rows is None or _is_count(rows), "a whole number of at least 1, or unset")
-        accepted = share is None or (_is_number(share) and share >= 1)
-        self._require("max_rows_per_token", accepted, "a number of at least 1, or unset")
+        accepted = share is None or (_is_number(share) and 1 <= share <= MOST_EXPERTS)
+        self._require("max_rows_per_token", accepted, f"a number of at least 1, at most {MOST_EXPERTS}, or unset")
         for name in COEFFICIENTS:
             value = getattr(self, name)
             self._require(name, _is_number(value) and value >= 0, "a number of at least 0")
@@ -198,7 +201,8 @@ class DynMoEConfig:
     def _check_zero_computation(self) -> None:
         for name in ("zero_experts", "copy_experts", "constant_experts"):
             value = getattr(self, name)
-            self._require(name, value == 0 or _is_count(value), "a whole number of at least 0")
+            accepted = value == 0 or (_is_count(value) and value <= MOST_EXPERTS)
+            self._require(name, accepted, f"a whole number of at least 0, at most {MOST_EXPERTS}")
         self._require("tau", _is_number(self.tau) and 0 < self.tau <= 1, "a number above 0, at most 1")
         for name in ("capacity_gamma", "logits_norm_std"):
             value = getattr(self, name)

@@ -46,6 +46,9 @@ stray words -> stray
 --moe-z-loss-coeff -1 -> --moe-z-loss-coeff
 --moe-input-jitter-eps 2 -> --moe-input-jitter-eps
 --moe-zero-experts -1 -> --moe-zero-experts
+--moe-zero-experts 1000000000 -> --moe-zero-experts
+--num-experts 1000000000 -> --num-experts
+--moe-max-rows-per-token 1e308 -> --moe-max-rows-per-token
 --moe-rule top-any -> --moe-gate cosine
 --moe-adaptive-experts -> --moe-adaptive-experts
 --moe-initial-experts 2 -> --moe-adaptive-experts

@@ -38,6 +38,8 @@ class DynamicRouter(Router):
         super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
         self.dynmoe = dynmoe
         self.weight: torch.nn.Parameter
+        # No gate has a bias. megatron-core's router has one unless --disable-bias-linear; here it would never be used.
+        self.bias = None
         self._add_learned()
         # The previous MoE layer's logits, set by the layer for each pass; and what the layer reads of this pass.
         self.previous_TC: Tensor | None = None
