@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 examples/pretrain_dynmoe.py <megatron's flags> --moe-preset dynamic-moe
 
-All of Megatron's flags keep their meaning; ``--help`` shows them and, under "dynamic MoE", ours.
+docs/flags.md says of each of Megatron's flags who honours it; ``--help`` shows them and, under "dynamic MoE", ours.
 """
 
 import sys

@@ -8,6 +8,7 @@ Presets name published systems and set several fields at once; what the user set
 from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
+from megatron_dynmoe.errors import UserError
 from megatron_dynmoe.presets import PRESETS
 from megatron_dynmoe.ranges import RANGES
 
@@ -23,7 +24,7 @@ NAMES: dict[str, list[str]] = {
 COEFFICIENTS = ("load_balance_coeff", "entropy_coeff", "diversity_coeff", "simplicity_coeff", "efficiency_coeff")
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A value that cannot work; the message names the field, the value and what would be accepted."""
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 MOST = 10**9  # of what is counted
+MOST_EXPERTS = 65536  # of one kind in a layer: far above all published models
 LARGE = 1e6  # of factors: its square is far from the end of float32
 SMALL = 1e-6
 
@@ -38,7 +39,7 @@ class Range(NamedTuple):
 
 _COEFFICIENT = Range(0, LARGE)
 _SCALE = Range(SMALL, LARGE)
-_EXPERTS = Range(0, 65536, whole=True)
+_EXPERTS = Range(0, MOST_EXPERTS, whole=True)
 
 RANGES: dict[str, Range] = {
     "top_p": Range(0, 1),
@@ -46,7 +47,7 @@ RANGES: dict[str, Range] = {
     "cosine_scale": Range(SMALL, 100),
     "max_experts_per_token": Range(1, MOST, whole=True, optional=True),
     "max_rows": Range(1, MOST, whole=True, optional=True),
-    "max_rows_per_token": Range(1, 65536, optional=True),
+    "max_rows_per_token": Range(1, MOST_EXPERTS, optional=True),
     "load_balance_coeff": _COEFFICIENT,
     "entropy_coeff": _COEFFICIENT,
     "diversity_coeff": _COEFFICIENT,

@@ -102,6 +102,48 @@ def test_sidecar_is_believed_when_it_describes_the_data(prefix):
     assert validate_indexed(prefix, vocab_size=8).metadata == {}
 
 
+def test_sidecar_that_the_tokens_contradict(prefix):
+    prefix.with_suffix(".json").write_text(json.dumps({"tokens": 4, "max_token_id": 2}))
+    assert "holds token 7, but the vocabulary has 7 tokens" in refusal(prefix, vocab_size=7)
+    assert "max_token_id is 2, but data.bin holds token 7" in refusal(prefix, vocab_size=8)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"max_token_id": "7"},
+        {"max_token_id": [7]},
+        {"max_token_id": None},
+        {"max_token_id": True},
+        {"max_token_id": 7.5},
+        {"vocab_size": "x" * 1000},
+        {"tokenizer": "file"},
+        {"tokenizer": {"sha256": 3}},
+    ],
+)
+def test_sidecar_with_a_wrong_type(prefix, tmp_path, wrong):
+    prefix.with_suffix(".json").write_text(json.dumps({"tokens": 4, "max_token_id": 7} | wrong))
+    message = refusal(prefix, vocab_size=8, tokenizer_model=tmp_path / "none")
+    assert next(iter(wrong)) in message and "accepted" in message and len(message) < 400
+
+
+def test_negative_token(prefix):
+    prefix.with_suffix(".bin").write_bytes(np.int16([5, 1, -7, 2]).tobytes())
+    prefix.with_suffix(".idx").write_bytes(index_bytes(code=3))
+    assert "holds token -7" in refusal(prefix, vocab_size=8)
+
+
+def test_ranks_together_read_all_of_large_data(prefix, monkeypatch):
+    monkeypatch.setattr(indexed, "SCAN_BYTES", 4)
+    monkeypatch.setattr(indexed, "_SCAN_WINDOWS", 2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    found = []
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        found.append(validate_indexed(prefix, vocab_size=8).max_token_id)
+    assert found == [7, 2]  # tokens 5 and 7, tokens 1 and 2
+
+
 def test_large_data_is_sampled_to_its_ends(prefix, monkeypatch):
     monkeypatch.setattr(indexed, "SCAN_BYTES", 4)
     monkeypatch.setattr(indexed, "_SCAN_WINDOWS", 2)

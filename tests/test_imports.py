@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "megatron_dynmoe"
 
 LEVELS = [
-    {"presets", "ranges"},
+    {"presets", "ranges", "errors"},
     {"config"},
     {"routing"},
     {"routers", "dispatch", "experts", "losses", "metrics", "controllers", "planning"},

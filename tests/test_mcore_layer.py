@@ -215,6 +215,24 @@ def check_no_balancing() -> None:
     }
 
 
+def check_router_without_bias() -> None:
+    from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+
+    from megatron_dynmoe.config import DynMoEConfig
+    from megatron_dynmoe.mcore.router import DynamicRouter
+
+    _setup()
+    config = _config(add_bias_linear=True)
+    router = DynamicRouter(config, get_default_pg_collection(), dynmoe=DynMoEConfig())
+    router.set_layer_number(1)
+    router(torch.randn(S, B, D))[0].sum().backward()
+    assert {name for name, parameter in router.named_parameters() if parameter.grad is None} == set()
+
+
+def test_every_parameter_of_the_router_is_used_with_biases_elsewhere(tmp_path):
+    ranks.call(check_router_without_bias, ranks=1, folder=tmp_path)
+
+
 def check_one_wait_a_pass() -> None:
     """The points where the host waits for a CUDA device, patched and counted over forward and backward of a layer."""
     from megatron_dynmoe.config import DynMoEConfig

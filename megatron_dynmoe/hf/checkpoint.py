@@ -24,13 +24,14 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from ..errors import UserError
 from .plain_pickle import PlainPickle, PlainUnpickler
 
 _COMMON_KEY = "common_state/shard_0_1"
 _LATEST = "latest_checkpointed_iteration.txt"
 
 
-class ExportError(ValueError):
+class ExportError(UserError):
     """A checkpoint, or a request, that cannot be exported; `str(error)` is one sentence for the user."""
 
 

@@ -7,8 +7,10 @@ from pathlib import Path
 
 from torch.distributed.checkpoint import FileSystemReader
 
+from megatron_dynmoe.errors import UserError
 
-class CheckpointError(ValueError):
+
+class CheckpointError(UserError):
     """A checkpoint that cannot be loaded; the message names the file and what is wrong with it."""
 
 

@@ -14,8 +14,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_dynmoe.config import DynMoEConfig
-from megatron_dynmoe.mcore.config import balances
 from megatron_dynmoe.losses import Totals, has_losses, router_losses
+from megatron_dynmoe.mcore.config import balances
 from megatron_dynmoe.mcore.tracker import RoutingTracker
 from megatron_dynmoe.routers import GATES, RULES, route
 from megatron_dynmoe.routing import Routing
@@ -39,6 +39,8 @@ class DynamicRouter(Router):
         super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
         self.dynmoe = dynmoe if balances(config) else replace(dynmoe, load_balance_coeff=0.0)
         self.weight: torch.nn.Parameter
+        # No gate has a bias. megatron-core's router has one unless --disable-bias-linear; here it would never be used.
+        self.bias = None
         self._add_learned()
         # The previous MoE layer's logits, set by the layer for each pass; and what the layer reads of this pass.
         self.previous_TC: Tensor | None = None

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
+from megatron_dynmoe.errors import UserError
 
-class PlanError(ValueError):
+
+class PlanError(UserError):
     """Input that cannot be planned; one sentence with the name, the value and what would be accepted."""
 
 

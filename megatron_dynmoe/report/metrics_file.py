@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_dynmoe.errors import UserError
 
-class ReportError(ValueError):
+
+class ReportError(UserError):
     """A run cannot be shown; the message is one sentence for the user."""
 
 

@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.enums import ModelType
 from megatron.core.transformer.moe.moe_logging import set_moe_metrics_tracker
 from megatron.training import get_tokenizer, pretrain
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
-from megatron.training.arguments import parse_and_validate_args, parse_args
-from torch.distributed.checkpoint.api import CheckpointException
+from megatron.training.config.container import PretrainConfigContainer
 
 from megatron_dynmoe import host
 from megatron_dynmoe.config import DynMoEConfig
 from megatron_dynmoe.mcore.adaptation import ExpertAdaptation
 from megatron_dynmoe.mcore.checkpoint import check_folder, latest_folder
+from megatron_dynmoe.mcore.config import check_config
 from megatron_dynmoe.mcore.tracker import RoutingTracker
-from megatron_dynmoe.training.arguments import add_dynmoe_args, dynmoe_from_args, prepare_argv
 from megatron_dynmoe.training.batch import get_embedding_ranks
+from megatron_dynmoe.training.command_line import read_flags
 from megatron_dynmoe.training.datasets import build_datasets, data_prefixes
+from megatron_dynmoe.training.failures import refusing_flags, report
 from megatron_dynmoe.training.log import MetricsFile, log_evaluation, log_interval
 from megatron_dynmoe.training.model import DynamicGPTModelConfig, layer_spec
-from megatron_dynmoe.training.refused import check_flags
+from megatron_dynmoe.training.refused import check_experts
 from megatron_dynmoe.training.step import LossSums, forward_step
 
 # Losses that Megatron does not know of, by the first part of their name.
@@ -45,34 +44,20 @@ def main(argv: list[str] | None = None, *, check_data: DataCheck | None = None) 
         check_data: checks each indexed dataset before training starts.
 
     Returns:
-        exit code: 0, or 2 after one sentence on what cannot work.
+        exit code: 0, 2 after one sentence on what cannot work, or 1 after a sentence and a traceback.
     """
     host.enable()
     try:
-        argv = prepare_argv(sys.argv[1:] if argv is None else argv)
-        sys.argv[1:] = [*host.default_flags(), *argv]
-        parsed = parse_args(add_dynmoe_args)
-        check_flags(parsed)  # before Megatron's own checks, which use assertions
-        dynmoe = dynmoe_from_args(parsed)
-        args = parse_and_validate_args(add_dynmoe_args)
+        args, dynmoe = read_flags(sys.argv[1:] if argv is None else argv)
         if check_data is not None:
             vocabulary = get_tokenizer().vocab_size
             for prefix in data_prefixes(args):
                 check_data(prefix, vocabulary)
         check_load(args)
         run(args, dynmoe)
-    except ValueError as error:
-        return _refuse(str(error))
-    except (CheckpointException, CheckpointingException) as error:
-        reason = str(error).strip().splitlines()[-1]
-        return _refuse(f"the checkpoint in {args.load} cannot be loaded or saved: {reason}")
+    except Exception as error:
+        return report(error)
     return 0
-
-
-def _refuse(sentence: str) -> int:
-    if os.environ.get("RANK", "0") == "0":  # every rank finds the same, one of them says it
-        print(f"error: {sentence}", file=sys.stderr, flush=True)
-    return 2
 
 
 def check_load(args: Namespace) -> None:
@@ -90,11 +75,7 @@ def check_load(args: Namespace) -> None:
 
 def run(args: Namespace, dynmoe: DynMoEConfig) -> None:
     """Train as ``args`` say; Megatron is parsed and validated, but not yet initialised."""
-    model = gpt_config_from_args(args, model_config_cls=DynamicGPTModelConfig)
-    model.dynmoe = dynmoe if args.num_experts else None
-    model.transformer_layer_spec = partial(layer_spec, dynmoe=dynmoe)
-    if dynmoe.gating_residual and args.pipeline_model_parallel_size > 1:
-        model.transformer.variable_seq_lengths = True  # stages tell each other how wide the hidden tensor is
+    config = pretrain_config(args, dynmoe)
     file, losses = MetricsFile(args.moe_metrics_file), LossSums()
     adaptation = ExpertAdaptation(dynmoe, seed=args.seed) if dynmoe.adaptive_experts else None
     tracker = RoutingTracker(
@@ -108,13 +89,32 @@ def run(args: Namespace, dynmoe: DynMoEConfig) -> None:
         on_step=None if adaptation is None else adaptation.after_step,
     )
     set_moe_metrics_tracker(tracker)
-    datasets = partial(build_datasets, config=model.transformer)
+    datasets = partial(build_datasets, config=config.model.transformer)
     datasets.is_distributed = True  # each rank decides whether it reads
     pretrain(
-        pretrain_cfg_container_from_args(args, model),
+        config,
         datasets,
         ModelType.encoder_or_decoder,
         partial(forward_step, evaluation=losses, watch=None if adaptation is None else adaptation.watch),
-        get_embedding_ranks=partial(get_embedding_ranks, config=model.transformer),
+        get_embedding_ranks=partial(get_embedding_ranks, config=config.model.transformer),
         non_loss_data_func=lambda model: log_evaluation(file, tracker, losses),
     )
+
+
+def pretrain_config(args: Namespace, dynmoe: DynMoEConfig) -> PretrainConfigContainer:
+    """Megatron's configuration of the run, with a dynamic model.
+
+    Raises:
+        ConfigError: flags that cannot work, with the reason and the alternative.
+    """
+    with refusing_flags(args):
+        model = gpt_config_from_args(args, model_config_cls=DynamicGPTModelConfig)
+        model.dynmoe = dynmoe if args.num_experts else None
+        model.rope_scaling_factor = args.rope_scaling_factor  # which Megatron's own mapping leaves out
+        model.transformer_layer_spec = partial(layer_spec, dynmoe=dynmoe)
+        if dynmoe.gating_residual and args.pipeline_model_parallel_size > 1:
+            model.transformer.variable_seq_lengths = True  # stages tell each other how wide the hidden tensor is
+        if args.num_experts:
+            check_config(model.transformer, dynmoe)
+            check_experts(args, model.transformer, dynmoe)
+        return pretrain_cfg_container_from_args(args, model)

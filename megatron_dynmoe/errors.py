@@ -1,0 +1,44 @@
+"""What the user can mend is said in one sentence; everything else is a fault and keeps its traceback."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from pathlib import Path
+
+# What the machine or the user's paths say, by the operating system's own words.
+_OF_THE_USER = {
+    getattr(errno, name)
+    for name in "EACCES EPERM EROFS ENOENT EEXIST ENOTDIR EISDIR ENOTEMPTY ENAMETOOLONG ENOSPC EDQUOT EFBIG ELOOP "
+    "ENXIO EMFILE ENFILE EIO ESTALE ENODEV EINVAL".split()
+}
+# Without a path these are about memory, sockets or pipes; a full disk is a full disk.
+_WITHOUT_PATH = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE}
+
+
+class UserError(ValueError):
+    """Something that the user gave and can change: ``str(error)`` is the sentence that says what and how."""
+
+
+def os_sentence(error: OSError) -> str | None:
+    """One sentence with the path for an operating system's refusal; ``None`` where it is not about the user's files.
+
+    A missing file of Python's own installation, a lost connection or a broken pipe are no mistake of the user.
+    """
+    if error.errno is None or error.errno not in _OF_THE_USER:
+        return None
+    reason = os.strerror(error.errno)
+    names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, (str, bytes, Path))]
+    if not names:
+        return f"{reason}." if error.errno in _WITHOUT_PATH else None
+    installed = (sys.prefix, sys.base_prefix)
+    if error.errno == errno.ENOENT and any(Path(names[0]).is_relative_to(place) for place in installed):
+        return None
+    return f"{_short(names[0])}: {reason}{''.join(f' ({_short(name)})' for name in names[1:])}."
+
+
+def _short(name: str) -> str:
+    """A path that is shown: one line, its end cut where it is longer than any file system takes."""
+    line = name.encode("unicode_escape").decode() if not name.isprintable() else name
+    return line if len(line) <= 300 else f"{line[:300]}... ({len(line)} characters)"
