@@ -109,17 +109,17 @@ def adapt(active: list[bool], routed_to: list[set[int]], x_TD: Tensor) -> tuple[
     return kept, total_D / total_D.norm()
 
 
-def expert(x: Tensor, fc1_GD: Tensor, fc2_DF: Tensor) -> Tensor:
-    """One SwiGLU expert: fc2 (silu(gate x) * up x)."""
+def expert(x: Tensor, fc1_GD: Tensor, fc2_DF: Tensor, offset: float = 0.0) -> Tensor:
+    """One SwiGLU expert: fc2 (silu(gate x) * (up x + offset))."""
     gate, up = (x @ fc1_GD.t()).chunk(2, dim=-1)
-    return (F.silu(gate) * up) @ fc2_DF.t()
+    return (F.silu(gate) * (up + offset)) @ fc2_DF.t()
 
 
-def dense_moe(x_TD: Tensor, weights_TE: Tensor, fc1_EGD: Tensor, fc2_EDF: Tensor) -> Tensor:
+def dense_moe(x_TD: Tensor, weights_TE: Tensor, fc1_EGD: Tensor, fc2_EDF: Tensor, *, offset: float = 0.0) -> Tensor:
     """sum_e weight[t, e] * expert_e(x[t]) with every expert computed for every token."""
     out_TD = torch.zeros_like(x_TD)
     for e in range(weights_TE.shape[1]):
-        out_TD = out_TD + weights_TE[:, e : e + 1] * expert(x_TD, fc1_EGD[e], fc2_EDF[e])
+        out_TD = out_TD + weights_TE[:, e : e + 1] * expert(x_TD, fc1_EGD[e], fc2_EDF[e], offset)
     return out_TD
 
 

@@ -22,8 +22,8 @@ def maps():
     }
 
 
-@pytest.mark.parametrize("name", list(maps()))
-def test_layer_equals_the_dense_reference(name):
+@pytest.mark.parametrize(("name", "offset"), [*((name, 0.0) for name in maps()), ("ragged", 1.0)])
+def test_layer_equals_the_dense_reference(name, offset):
     torch.manual_seed(1)
     routing_map = maps()[name]
     tensors = {
@@ -39,9 +39,9 @@ def test_layer_equals_the_dense_reference(name):
         if fast:
             plan = RoutePlan.build(routing_map)
             rows, row_weights, transport = dispatch(x, masked, plan)
-            out = combine(grouped_mlp(rows, row_weights, fc1, fc2, plan.rows_per_expert_L), transport, T)
+            out = combine(grouped_mlp(rows, row_weights, fc1, fc2, plan.rows_per_expert_L, offset=offset), transport, T)
         else:
-            out = reference.dense_moe(x, masked, fc1, fc2)
+            out = reference.dense_moe(x, masked, fc1, fc2, offset=offset)
         grads = torch.autograd.grad(out.square().sum(), (x, weights, fc1, fc2))
         return [t.double() for t in (out, *grads)]
 
@@ -67,7 +67,10 @@ def test_gated_activation_by_finite_differences(activation):
 
     hidden = torch.randn(7, 6, dtype=torch.float64, requires_grad=True)
     weights = torch.randn(7, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda h, w: gated_activation(h, w, activation), (hidden, weights))
+    for offset in (0.0, 0.5):
+        assert torch.autograd.gradcheck(
+            lambda h, w, offset=offset: gated_activation(h, w, activation, offset=offset), (hidden, weights)
+        )
 
 
 def test_gated_activation_in_blocks_and_bfloat16(monkeypatch):

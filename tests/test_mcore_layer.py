@@ -135,8 +135,9 @@ def check_backends_load_each_other() -> None:
     x = torch.randn(S, B, D)
     for saver in ("torch", "sequential"):
         for loader in ("torch", "sequential"):
-            first = _layer(_config(), DynMoEConfig(expert_backend=saver))
-            second = _layer(_config(), DynMoEConfig(expert_backend=loader))
+            config = _config(glu_linear_offset=0.5)  # as different from 0 as from 1
+            first = _layer(config, DynMoEConfig(expert_backend=saver))
+            second = _layer(config, DynMoEConfig(expert_backend=loader))
             with tempfile.TemporaryDirectory() as folder:
                 dist_checkpointing.save(first.sharded_state_dict(prefix="mlp."), folder)
                 state = dist_checkpointing.load(second.sharded_state_dict(prefix="mlp."), folder)
@@ -145,6 +146,7 @@ def check_backends_load_each_other() -> None:
             assert torch.allclose(first(x)[0], second(x)[0], rtol=1e-5, atol=1e-7), (saver, loader)
 
 
+OVERLAPPED = {"moe_shared_expert_intermediate_size": 8, "moe_shared_expert_overlap": True}
 CAPTURED = {"cuda_graph_impl": "transformer_engine", "cuda_graph_modules": ["attn", "moe_router"]}
 
 
@@ -169,6 +171,8 @@ def check_refusals() -> None:
             {"load_balance_coeff": 0.01},
             "aux_loss",
         ),
+        (OVERLAPPED | {"glu_linear_offset": 1.0}, {}, "--moe-shared-expert-overlap is True"),
+        (OVERLAPPED | {"activation_func_clamp_value": 1.0}, {"expert_backend": "sequential"}, "--moe-shared-expert-ov"),
         ({"moe_router_dtype": "fp64"}, {}, "--moe-router-dtype is 'fp64'"),
         ({"add_bias_linear": True}, {"expert_backend": "sequential"}, "--disable-bias-linear is False"),
         ({"mlp_chunks_for_training": 2}, {"gating_residual": True}, "--mlp-chunks-for-training is 2"),
@@ -231,6 +235,27 @@ def check_router_without_bias() -> None:
 
 def test_every_parameter_of_the_router_is_used_with_biases_elsewhere(tmp_path):
     ranks.call(check_router_without_bias, ranks=1, folder=tmp_path)
+
+
+def check_bare_layer_is_on_the_device() -> None:
+    """What is made on the CPU goes where ``Tensor.cuda`` says, here the meta device, before the layer is used."""
+    from megatron_dynmoe.config import DynMoEConfig
+
+    _setup()
+    cosine = {"gate": "cosine", "rule": "top-any"}
+    cases = [{"copy_experts": 1}, {"constant_experts": 1, "residual": True}, cosine | {"adaptive_experts": True}]
+    torch.Tensor.cuda = lambda tensor, *_: tensor.to(device="meta")
+    for fields in cases:
+        for on_cpu in (False, True):
+            config = _config(moe_shared_expert_intermediate_size=8, use_cpu_initialization=on_cpu)
+            layer = _layer(config, DynMoEConfig(**fields))
+            for module in filter(None, (layer.router, layer.mixer, layer.free_experts)):
+                tensors = [*module.parameters(), *module.buffers()]
+                assert tensors and {t.device.type for t in tensors} == {"cpu" if on_cpu else "meta"}, fields
+
+
+def test_a_bare_layer_is_on_the_device(tmp_path):
+    ranks.call(check_bare_layer_is_on_the_device, ranks=1, folder=tmp_path)
 
 
 def check_one_wait_a_pass() -> None:

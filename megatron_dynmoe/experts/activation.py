@@ -21,47 +21,55 @@ _ELEMENTS_PER_THREAD = 1 << 17
 Activation = Callable[[Tensor], Tensor]
 
 
-def gated_activation(hidden_NG: Tensor, weights_N: Tensor, activation: Activation = F.silu) -> Tensor:
-    """activation(gate) * up * weight, the last product in the wider dtype of the two.
+def gated_activation(
+    hidden_NG: Tensor, weights_N: Tensor, activation: Activation = F.silu, *, offset: float = 0.0
+) -> Tensor:
+    """activation(gate) * (up + offset) * weight, the last product in the wider dtype of the two.
 
     Args:
         hidden_NG: [N, 2F], gate and up side by side.
         weights_N: the weight of each row, float32.
         activation: elementwise.
+        offset: added to up (megatron-core's ``glu_linear_offset``, mlp.py:330).
 
     Returns:
         [N, F] in the dtype of ``hidden_NG``.
     """
-    return _GatedActivation.apply(hidden_NG, weights_N, activation)
+    return _GatedActivation.apply(hidden_NG, weights_N, activation, offset)
 
 
 class _GatedActivation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_NG: Tensor, weights_N: Tensor, activation: Activation) -> Tensor:
+    def forward(ctx, hidden_NG: Tensor, weights_N: Tensor, activation: Activation, offset: float) -> Tensor:
         ctx.save_for_backward(hidden_NG, weights_N)
-        ctx.activation = activation
+        ctx.activation, ctx.offset = activation, offset
         out_NF = hidden_NG.new_empty(hidden_NG.shape[0], hidden_NG.shape[1] // 2)
         for hidden, weights, out in blocks(_rows(hidden_NG), hidden_NG, weights_N, out_NF):
-            gate, up = hidden.chunk(2, dim=-1)
+            gate, up = _halves(hidden, offset)
             out.copy_(activation(gate) * up * weights.unsqueeze(-1))
         return out_NF
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_NF: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx, grad_NF: Tensor) -> tuple[Tensor, Tensor, None, None]:
         hidden_NG, weights_N = ctx.saved_tensors
         hidden_grad, weights_grad = torch.empty_like(hidden_NG), torch.empty_like(weights_N)
         for hidden, weights, grad, to_hidden, to_weights in blocks(
             _rows(hidden_NG), hidden_NG, weights_N, grad_NF, hidden_grad, weights_grad
         ):
-            gate, up = hidden.chunk(2, dim=-1)
+            gate, up = _halves(hidden, ctx.offset)
             to_gate, to_up = to_hidden.chunk(2, dim=-1)
             active, pull_back = _with_pull_back(ctx.activation, gate)
             to_weights.copy_((grad.to(weights.dtype) * (active * up)).sum(dim=-1))
             weighted = (grad * weights.unsqueeze(-1)).to(hidden.dtype)
             torch.mul(weighted, active, out=to_up)
             to_gate.copy_(pull_back(weighted.mul_(up)))
-        return hidden_grad, weights_grad, None
+        return hidden_grad, weights_grad, None, None
+
+
+def _halves(hidden: Tensor, offset: float) -> tuple[Tensor, Tensor]:
+    gate, up = hidden.chunk(2, dim=-1)
+    return gate, up + offset if offset else up
 
 
 def _with_pull_back(activation: Activation, gate: Tensor) -> tuple[Tensor, Activation]:

@@ -20,6 +20,7 @@ def grouped_mlp(
     *,
     activation: Callable[[Tensor], Tensor] = F.silu,
     gated: bool = True,
+    offset: float = 0.0,
 ) -> Tensor:
     """Apply each expert to its rows and multiply by the row's weight.
 
@@ -31,6 +32,7 @@ def grouped_mlp(
         weights_N: the weight of each row, float32.
         fc1_LGD: first weight of each expert; G is 2F (gate rows, then up rows) if ``gated``, else F.
         fc2_LDF: second weight of each expert.
+        offset: added to the up rows' output, if ``gated``.
         rows_per_expert_L: how many rows each expert has; they sum to N; any may be 0.
 
     Returns:
@@ -41,7 +43,7 @@ def grouped_mlp(
     )
     hidden = _grouped_linear(rows_ND, fc1_LGD, ends_L)
     if gated:
-        hidden = gated_activation(hidden, weights_N, activation)
+        hidden = gated_activation(hidden, weights_N, activation, offset=offset)
     else:
         hidden = (activation(hidden) * weights_N.unsqueeze(-1)).to(rows_ND.dtype)
     return _grouped_linear(hidden, fc2_LDF, ends_L)

@@ -103,6 +103,9 @@ def _check_shared_expert(config: TransformerConfig, dynmoe: DynMoEConfig) -> Non
         reason = "the flex dispatcher would scale its input as well by --moe-expert-input-scale"
         instead = "leave it off, or set --moe-token-dispatcher-type alltoall"
         _refuse("moe_shared_expert_overlap", True, reason, instead)
+    if overlap and (config.glu_linear_offset or config.activation_func_clamp_value is not None):
+        reason = "its own activation knows neither --glu-linear-offset nor a clamp (shared_experts.py:293)"
+        _refuse("moe_shared_expert_overlap", True, reason, "leave it off with either")
     if not dynmoe.residual:
         return
     if not config.moe_shared_expert_intermediate_size:

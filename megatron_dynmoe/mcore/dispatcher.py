@@ -3,6 +3,8 @@
 The stock dispatcher sizes its buffers as T * moe_router_topk and truncates or pads to that.  This one builds a
 :class:`~megatron_dynmoe.routing.RoutePlan` from the map and moves the rows it names.  Everything else stays: sequence
 parallelism, shared-expert overlap, the fused permutation of Transformer Engine, expert tensor parallelism.
+That permutation stores a zero row where a chosen expert's weight is exactly 0 (an underflowed softmax): the output is
+the same, 0 * f(x), but the gradient of that weight is 0 and not <f(x), grad> (common/triton/permutation.py:296).
 The allgather and flex/HybridEP dispatchers take ragged maps as they are and are used unchanged.
 """
 

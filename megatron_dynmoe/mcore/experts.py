@@ -79,6 +79,7 @@ class TorchGroupedMLP(MegatronModule):
             tokens_per_expert,
             activation=self.config.activation_func,
             gated=self.config.gated_linear_unit,
+            offset=self.config.glu_linear_offset,
         )
         return out, None
 

@@ -59,12 +59,24 @@ class DynMoELayer(MoELayer):
             self.router.add_learned("gate_map", (self.router.columns, self.router.columns))
         self.mixer = Mixer(config) if dynmoe.residual else None
         self.free_experts = ZeroComputationExperts(config, dynmoe) if dynmoe.zero_computation_experts else None
+        self._place()
         for parameter in self.experts.parameters():
             # Experts form their own optimizer and gradient buffer also without expert parallelism (megatron-core: only
             # with it), so that the optimizer's state in a checkpoint moves between expert-parallel sizes.
             parameter.allreduce = False
         if config.moe_token_dispatcher_type == "alltoall":
             self._set_dispatcher(config, pg_collection)
+
+    def _place(self) -> None:
+        """Put what is small, and made on the CPU, where the experts are made; megatron-core's router does so later.
+
+        It moves its weight in ``gating()`` (router.py:96), which ours has not; a model is moved whole by training.
+        """
+        if self.config.use_cpu_initialization:
+            return
+        for module in filter(None, (self.router, self.mixer, self.free_experts)):
+            if all(tensor.device.type == "cpu" for tensor in (*module.parameters(), *module.buffers())):
+                module.cuda()
 
     def _set_dispatcher(self, config: TransformerConfig, pg_collection: Any) -> None:
         self.token_dispatcher = VariableKAllToAllDispatcher(
