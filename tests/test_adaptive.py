@@ -59,6 +59,7 @@ def check_records_and_updates() -> None:
         kept, embedding = reference.adapt(active.tolist(), chosen, everything)
         numbers, seeded = torch.get_rng_state(), []
         with pytest.MonkeyPatch.context() as patch:  # weights are drawn on one rank: no generator may move there alone
+            patch.setattr(torch.cuda, "_is_in_bad_fork", lambda: False)  # in a forked rank torch would not try
             for owner in (torch.cuda, torch.cuda.random):
                 for name in ("manual_seed", "manual_seed_all", "set_rng_state", "set_rng_state_all"):
                     patch.setattr(owner, name, lambda *args, seeded=seeded: seeded.append(args))
