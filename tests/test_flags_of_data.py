@@ -20,6 +20,8 @@ REFUSED = {
     "--moe-routing-trace-path trace": "--moe-metrics-file",
     "--sft": "--transformer-impl transformer_engine",
     "--dataloader-inter-document-masking": "--transformer-impl transformer_engine",
+    "--hybrid-context-parallel": "--transformer-impl transformer_engine",
+    "--iterations-to-skip 1 --pipeline-model-parallel-size 4": "at most two stages",
     "--context-parallel-size 2": "--transformer-impl transformer_engine",
     "--logits-load-dir logits": "--bf16",
     "--logits-load-dir logits --bf16 --pipeline-model-parallel-size 2": "one stage",
@@ -106,6 +108,10 @@ class Asked:
     def __call__(self, *inputs, **targets):
         self.inputs, self.targets = inputs, targets
 
+    def build_schedule_plan(self, *inputs, **targets):
+        self(*inputs, **targets)
+        return "plan"
+
 
 def prepare(words: list[str], folder: Path):
     """Parsed flags over the documents, known to megatron as in training."""
@@ -145,6 +151,9 @@ def step_with(words: list[str], folder: Path):
     train = build_datasets([8, 0, 0], config=config)[0]
     model = Asked(config)
     torch.manual_seed(0)
+    batches = iter(DataLoader(train, batch_size=2))
+    # As the schedule of --overlap-moe-expert-parallel-comm calls it.
+    assert forward_step(batches, model, return_schedule_plan=True, evaluation=LossSums())[0] == "plan"
     forward_step(iter(DataLoader(train, batch_size=2)), model, evaluation=LossSums())
     assert data_prefixes(args) == [str(folder / "text")]
     return train, model, args

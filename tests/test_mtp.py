@@ -106,6 +106,18 @@ def test_their_layers_route_as_the_preset_says(start):
     assert all(1 < by_layer[layer] < 4 and by_layer[layer] != 2 for layer in ("4", "5"))
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_metrics_file_has_their_losses(results, layout):
+    """As it has the main loss: Megatron reports a run's first iteration and counts it again in the second report."""
+    first, second = results[layout]["records"]
+    for name in ("lm", "mtp_1", "mtp_2"):
+        scalars = results[layout][f"{name} loss"]
+        values = [scalars[record["iteration"]] for record in (first, second)]
+        # A sum and a division in float32 beside the same.
+        assert math.isclose(first[f"{name}_loss"], values[0], rel_tol=2**-22)
+        assert math.isclose(second[f"{name}_loss"], sum(values) / 2, rel_tol=2**-22)
+
+
 @pytest.mark.parametrize("preset", [PLUS_PLUS, ADAPTIVE], ids=["logits are carried", "experts adapt"])
 def test_presets_with_state_between_layers_or_steps(preset, tmp_path):
     flags = [*model(without=("--moe-preset", "--moe-z-loss-coeff")), *preset.split()]

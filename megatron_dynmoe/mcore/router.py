@@ -155,7 +155,10 @@ class DynamicRouter(Router):
 
     @property
     def _applications(self) -> int:
-        """How often the layer runs in a forward pass; its losses are divided by it, as megatron-core's are."""
+        """How often the layer runs in a forward pass; its losses' gradients are divided by it, as megatron-core's are.
+
+        The log takes each run as a layer: megatron-core's mean counts them so.
+        """
         repeated = self.is_mtp_layer and self.config.mtp_use_repeated_layer
         return (self.config.mtp_num_layers or 1) if repeated else 1
 
@@ -184,7 +187,7 @@ class DynamicRouter(Router):
             counted = routing
         losses = router_losses(counted, self.dynmoe, totals := self._totals(counted.map_TC), self.weight, self.active_E)
         for name, (_, loss) in losses.items():
-            self._log(name, loss / self._applications)
+            self._log(name, loss)
         total = sum(coeff * loss for coeff, loss in losses.values()) / self._applications
         if self.calculate_per_token_loss:
             # Gradients are divided by the global token count later; see attach_and_log_load_balancing_loss in

@@ -12,8 +12,11 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 from megatron.training import get_args, get_timers, is_last_rank
 from megatron.training.training import num_floating_point_operations
+from torch import Tensor
 
 from megatron_dynmoe.mcore.adaptation import ExpertAdaptation
 from megatron_dynmoe.mcore.tracker import RoutingTracker
@@ -133,11 +136,26 @@ def log_interval(
     record["unrouted_tokens_by_layer"] = summary.unrouted_by_layer
     record["free_tokens_by_layer"] = summary.free_by_layer
     record |= about_experts
-    for name, value in sums.items():
+    for name, value in (sums | mtp_losses(sums)).items():
         if name.endswith("loss"):
             record[name.replace(" ", "_")] = float(value) / max(sums.get("advanced iterations", 0), 1)
     file.write(record)
     return scalars
+
+
+def mtp_losses(sums: dict[str, Any]) -> dict[str, Tensor]:
+    """Sums over the interval of the losses of multi-token prediction, by Megatron's names; on the last pipeline stage.
+
+    Megatron adds the last iteration's to its ``total_loss_dict`` only after the report of the routing
+    (training.py:2798), so it is added here.  Every rank of the stage calls this.
+    """
+    tracker = MTPLossLoggingHelper.tracker
+    if "loss_values" not in tracker:
+        return {}
+    values, group = tracker["loss_values"] / get_num_microbatches(), tracker["avg_group"]
+    torch.distributed.all_reduce(values, group=group)
+    values /= group.size()
+    return {name: sums.get(name, 0) + value for layer, value in enumerate(values, 1) for name in [f"mtp_{layer} loss"]}
 
 
 def log_experts(adaptation: ExpertAdaptation, scalars: dict[str, float]) -> dict[str, Any]:

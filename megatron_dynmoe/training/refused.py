@@ -72,6 +72,12 @@ def _stages(args: Namespace) -> bool:
     return args.pipeline_model_parallel_size > 1
 
 
+def _middle_stages(args: Namespace) -> bool:
+    virtual = ("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank")
+    interleaved = any(getattr(args, name) for name in (*virtual, "pipeline_model_parallel_layout"))
+    return args.pipeline_model_parallel_size > 2 or interleaved
+
+
 _NEEDS_TE = (
     "the local attention takes whole sequences (dot_product_attention.py); set --transformer-impl transformer_engine"
 )
@@ -82,6 +88,13 @@ REFUSED_WITH: list[tuple[str, Callable[[Namespace], bool], str]] = [
     ("sft", _local, _NEEDS_TE),
     ("sft", _lacks("datasets"), "Megatron reads conversations with the package datasets, which is missing; install it"),
     ("dataloader_inter_document_masking", _local, _NEEDS_TE),
+    ("hybrid_context_parallel", _local, _NEEDS_TE),
+    (
+        "iterations_to_skip",
+        _middle_stages,
+        "Megatron reads what it skips on every pipeline stage (training.py:2309), those in the middle have no data; "
+        "use at most two stages",
+    ),
     ("context_parallel_size", lambda args: args.context_parallel_size > 1 and _local(args), _NEEDS_TE),
     ("logits_load_dir", _stages, _OUTPUT_LAYER),
     ("logits_save_dir", _stages, _OUTPUT_LAYER),
