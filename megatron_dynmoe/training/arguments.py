@@ -14,6 +14,7 @@ from typing import Any
 from megatron.training.argument_utils import ArgumentGroupFactory
 
 from megatron_dynmoe.config import NAMES, PRESETS, ConfigError, DynMoEConfig, dest_of, flag_of, preset_fields
+from megatron_dynmoe.training.resume import add_resume_args
 
 
 class _DynMoEFlags(ArgumentGroupFactory):
@@ -45,7 +46,7 @@ def add_dynmoe_args(parser: ArgumentParser) -> ArgumentParser:
         default=None,
         help="Append one JSON object a log interval and one an evaluation to this file.",
     )
-    return parser
+    return add_resume_args(parser)
 
 
 def expand_preset(argv: list[str]) -> list[str]:

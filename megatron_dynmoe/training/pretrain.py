@@ -21,10 +21,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_dynmoe import host
 from megatron_dynmoe.config import DynMoEConfig
 from megatron_dynmoe.mcore.adaptation import ExpertAdaptation
-from megatron_dynmoe.mcore.checkpoint import check_folder, latest_folder
 from megatron_dynmoe.mcore.norm import replace_norms
 from megatron_dynmoe.mcore.specs import dynamic_layer_spec
 from megatron_dynmoe.mcore.tracker import RoutingTracker
+from megatron_dynmoe.training import resume
 from megatron_dynmoe.training.arguments import add_dynmoe_args, dynmoe_from_args, prepare_argv
 from megatron_dynmoe.training.datasets import build_datasets, data_prefixes
 from megatron_dynmoe.training.log import MetricsFile, log_evaluation, log_interval
@@ -51,13 +51,15 @@ def main(argv: list[str] | None = None, *, check_data: DataCheck | None = None) 
     try:
         argv = prepare_argv(sys.argv[1:] if argv is None else argv)
         sys.argv[1:] = [*host.default_flags(), *argv]
-        dynmoe = dynmoe_from_args(parse_args(add_dynmoe_args))  # before Megatron's own checks, which use assertions
+        parsed = parse_args(add_dynmoe_args)
+        dynmoe = dynmoe_from_args(parsed)  # before Megatron's own checks, which use assertions
+        resumed = resume.prepare(parsed)  # and before anything of a checkpoint is unpickled
         args = parse_and_validate_args(add_dynmoe_args)
         if check_data is not None:
             vocabulary = get_tokenizer().vocab_size
             for prefix in data_prefixes(args):
                 check_data(prefix, vocabulary)
-        check_load(args)
+        resume.check_fits(resumed, args, get_tokenizer().vocab_size)
         run(args, dynmoe)
     except ValueError as error:
         return _refuse(str(error))
@@ -71,19 +73,6 @@ def _refuse(sentence: str) -> int:
     if os.environ.get("RANK", "0") == "0":  # every rank finds the same, one of them says it
         print(f"error: {sentence}", file=sys.stderr, flush=True)
     return 2
-
-
-def check_load(args: Namespace) -> None:
-    """Look at the checkpoint that ``--load`` names.
-
-    Raises:
-        CheckpointError: it is damaged.
-    """
-    if args.load is None:
-        return
-    folder = latest_folder(args.load, args.ckpt_step)
-    if folder is not None:
-        check_folder(folder)
 
 
 def run(args: Namespace, dynmoe: DynMoEConfig) -> None:
