@@ -173,7 +173,7 @@ def _place(at: Any) -> MetadataIndex:
 
 def _storage(info: Any) -> _StorageInfo:
     name = _text(_of(info, "_StorageInfo").field("relative_path"))
-    if Path(name).name != name or name.startswith("."):
+    if not name or Path(name).name != name or name.startswith("."):
         raise NotPlainError(f"refers to {name!r}, a file that is not in its folder")
     if info.field("transform_descriptors"):
         raise NotPlainError(f"has transformed chunks {info.field('transform_descriptors')!r}")

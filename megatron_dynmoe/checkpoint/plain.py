@@ -285,6 +285,8 @@ class PlainUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """The stand-in of a name."""
+        if module == "__builtin__":  # as protocol 2 writes it; no other module that is accepted has a second name
+            module = "builtins"
         if (module, name) in self._names:
             return self._names[module, name]
         if module == "torch" and isinstance(found := torch.__dict__.get(name), torch.dtype):
