@@ -89,6 +89,8 @@ def prepare(args: Namespace) -> Resume | None:
     if found is not None and not args.trust_checkpoint:
         # Torch asks this even where the caller said weights_only=False, as its checkpoint planner does.
         os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+        if os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None):  # torch refuses to have both
+            _note("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is not heeded; --trust-checkpoint says the same.")
     return found
 
 
