@@ -22,7 +22,7 @@ import torch.distributed as dist
 from megatron_dynmoe import checkpoint
 from megatron_dynmoe.checkpoint import CheckpointError
 from megatron_dynmoe.checkpoint.compare import check_function, check_optimizer, check_vocabulary
-from megatron_dynmoe.checkpoint.lock import hold
+from megatron_dynmoe.checkpoint.lock import WAIT_S, hold
 
 # The store lives as long as this: rank 0 serves it, and megatron's own rendezvous takes it over.
 _store: Any = None
@@ -77,7 +77,7 @@ def prepare(args: Namespace) -> Resume | None:
         rank, ranks = 0, 1
     found, error = None, None
     try:
-        if args.save and rank == 0 and (note := hold(Path(args.save))):
+        if args.save and rank == 0 and (note := hold(Path(args.save), wait_s=WAIT_S)):
             _note(note)
         found = _look(args, rank, ranks)
     except (CheckpointError, OSError) as failure:
