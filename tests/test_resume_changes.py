@@ -13,7 +13,15 @@ from pathlib import Path
 import pytest
 
 from megatron_dynmoe.checkpoint import CheckpointError
-from megatron_dynmoe.checkpoint.compare import MODEL, ROUTING, SHAPES, TRAINING, check_function, check_vocabulary
+from megatron_dynmoe.checkpoint.compare import (
+    MODEL,
+    ROUTING,
+    SHAPES,
+    TRAINING,
+    check_function,
+    check_tokenizer,
+    check_vocabulary,
+)
 from megatron_dynmoe.checkpoint.lock import LOCK, hold
 from megatron_dynmoe.config import DynMoEConfig, dest_of
 from tests import ranks
@@ -63,6 +71,21 @@ def test_the_vocabulary_fits_the_padded_rows() -> None:
     for size in (128, 257):
         with pytest.raises(CheckpointError, match=f"has {size} tokens, the checkpoint was trained with 129 to 256"):
             check_vocabulary(saved, size)
+
+
+def test_another_tokenizer_is_refused_and_a_moved_one_is_not(tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("old.json", "moved.json", "other.json")]
+    for path, text in zip(files, "aab", strict=True):
+        path.write_text(text)
+    saved, moved, other = (Namespace(tokenizer_type="A", tokenizer_model=str(path)) for path in files)
+    assert check_tokenizer(saved, moved, allow=False) == []
+    with pytest.raises(CheckpointError, match=r"--tokenizer-model is .*other.json, whose content is another"):
+        check_tokenizer(saved, other, allow=False)
+    assert len(check_tokenizer(saved, other, allow=True)) == 1
+    with pytest.raises(CheckpointError, match="--tokenizer-type is 'B', saved 'A'"):
+        check_tokenizer(saved, Namespace(tokenizer_type="B", tokenizer_model=None), allow=False)
+    files[0].unlink()
+    assert "cannot be compared" in check_tokenizer(saved, other, allow=False)[0]
 
 
 REFUSED = {

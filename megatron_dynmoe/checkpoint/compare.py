@@ -4,8 +4,10 @@ Names are those of megatron's parsed arguments (`--moe-top-p` is `moe_top_p`). A
 have is from a version without the feature, and is not compared.
 """
 
+import filecmp
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointError
@@ -134,6 +136,30 @@ def check_vocabulary(saved: Namespace, vocab_size: int) -> None:
             f"the tokenizer (--tokenizer-type, --tokenizer-model, --vocab-size) has {vocab_size} tokens, the "
             f"checkpoint was trained with {fewest} to {rows}; accepted: the tokenizer of the training."
         )
+
+
+def check_tokenizer(saved: Namespace, given: Namespace, *, allow: bool) -> list[str]:
+    """Hold the tokenizer's kind and file against the training's; a file may have moved.
+
+    Returns:
+        one sentence on what was allowed, or could not be compared.
+
+    Raises:
+        CheckpointError: another kind, or a file of other content.
+    """
+    changed = list(_differences(saved, given, ("tokenizer_type",)))
+    old, new = getattr(saved, "tokenizer_model", None), getattr(given, "tokenizer_model", None)
+    if not changed and old and new and old != new:
+        if not (Path(old).is_file() and Path(new).is_file()):
+            return [f"--tokenizer-model is {new}, saved {old}: the two cannot be compared."]
+        if not filecmp.cmp(old, new, shallow=False):
+            changed = [f"--tokenizer-model is {new}, whose content is another than that of the saved {old}"]
+    if changed and not allow:
+        raise CheckpointError(
+            f"the checkpoint was trained with another tokenizer: {'; '.join(changed)}; accepted: the saved one, or "
+            "--moe-allow-routing-change."
+        )
+    return [f"{change} (--moe-allow-routing-change)." for change in changed]
 
 
 def _differences(saved: Namespace, given: Namespace, names: Sequence[str]) -> Iterator[str]:

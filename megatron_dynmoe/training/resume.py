@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from megatron_dynmoe import checkpoint
 from megatron_dynmoe.checkpoint import CheckpointError
-from megatron_dynmoe.checkpoint.compare import check_function, check_optimizer, check_vocabulary
+from megatron_dynmoe.checkpoint.compare import check_function, check_optimizer, check_tokenizer, check_vocabulary
 from megatron_dynmoe.checkpoint.lock import WAIT_S, hold
 
 # The store lives as long as this: rank 0 serves it, and megatron's own rendezvous takes it over.
@@ -103,7 +103,8 @@ def check_fits(resume: Resume | None, args: Namespace, vocab_size: int) -> None:
     saved = (resume.state or {}).get("args") if resume else None
     if not isinstance(saved, Namespace):
         return
-    for change in check_function(saved, args, allow=args.moe_allow_routing_change):
+    allow = args.moe_allow_routing_change
+    for change in check_function(saved, args, allow=allow) + check_tokenizer(saved, args, allow=allow):
         _note(change)
     check_vocabulary(saved, vocab_size)
     fresh = args.finetune or args.no_load_optim or saved.no_save_optim or resume.folder.name == "release"
