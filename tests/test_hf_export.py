@@ -1,9 +1,7 @@
 """Export of hand-written distributed checkpoints: names, layouts, precision, and what bad input is answered with."""
 
 import importlib.util
-import io
 import json
-import pickle
 import re
 import signal
 import subprocess
@@ -17,9 +15,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from megatron_dynmoe.hf.checkpoint import DistCheckpoint, ExportError
+from megatron_dynmoe.checkpoint import CheckpointError
+from megatron_dynmoe.checkpoint.reader import DistCheckpoint
 from megatron_dynmoe.hf.export import export
-from megatron_dynmoe.hf.plain_pickle import Opaque, PlainUnpickler
 from tests.hf_checkpoints import ARGS, ROWS, make, megatron_weights, write_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -146,20 +144,8 @@ def test_chunks_of_many_ranks_join_and_a_missing_rank_is_noticed(tmp_path: Path)
     chunk = checkpoint._tensors[key].chunks[0]
     chunk.sizes = torch.Size((1, *chunk.sizes[1:]))
     assert torch.equal(checkpoint.read(key, (0,)), weights[key][0])
-    with pytest.raises(ExportError, match="only a part"):
+    with pytest.raises(CheckpointError, match="only a part"):
         checkpoint.read(key, (1,))
-
-
-def test_unpickling_runs_nothing() -> None:
-    class Evil:
-        def __reduce__(self):
-            return print, ("ran",)
-
-    payload = pickle.dumps({"evil": Evil(), "path": Path("x"), "args": Namespace(a=1)})
-    found = PlainUnpickler(io.BytesIO(payload)).load()
-    assert isinstance(found["evil"], Opaque)
-    assert isinstance(found["path"], Opaque)
-    assert found["args"] == Namespace(a=1)
 
 
 def test_the_program_needs_no_megatron(tmp_path: Path) -> None:
@@ -264,7 +250,7 @@ def test_interrupted_export_leaves_nothing(tmp_path: Path) -> None:
     # Slow reads, so that the signal arrives in the middle.
     code = (
         "import sys, time; sys.path.insert(0, 'tools'); import export_hf; "
-        "from megatron_dynmoe.hf.checkpoint import DistCheckpoint as C; "
+        "from megatron_dynmoe.checkpoint.reader import DistCheckpoint as C; "
         "read = C.read; C.read = lambda *a: (print('reading', flush=True), time.sleep(0.2), read(*a))[2]; "
         "sys.exit(export_hf.main(['--checkpoint', sys.argv[1], '--output', sys.argv[2]]))"
     )

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from megatron_dynmoe.hf.checkpoint import ExportError
+from megatron_dynmoe.checkpoint import CheckpointError
 from megatron_dynmoe.hf.configuration_dynmoe import DynMoEHFConfig
 from megatron_dynmoe.hf.export import export
 from megatron_dynmoe.hf.modeling_dynmoe import DynMoEForCausalLM, DynMoESparseMLP
@@ -255,6 +255,6 @@ def test_export_refuses_missing_and_misshapen_weights(tmp_path: Path, name: str 
     else:
         args.moe_zero_experts += 1
     save = write_checkpoint(tmp_path / "save", args, weights)
-    with pytest.raises(ExportError, match=what):
+    with pytest.raises(CheckpointError, match=what):
         export(save, tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_dynmoe.hf.checkpoint import ExportError
+from megatron_dynmoe.checkpoint import CheckpointError
 from megatron_dynmoe.hf.export import export
 from tests.hf_checkpoints import ARGS, ROWS, make, megatron_weights, write_checkpoint
 
@@ -14,7 +14,7 @@ from tests.hf_checkpoints import ARGS, ROWS, make, megatron_weights, write_check
 def refused(save: Path, out: Path, sentence: str, **kwargs) -> None:
     """The export fails with one sentence that matches, and leaves nothing."""
     before = sorted(out.parent.iterdir())
-    with pytest.raises(ExportError, match=sentence) as error:
+    with pytest.raises(CheckpointError, match=sentence) as error:
         export(save, out, progress=False, **kwargs)
     assert "\n" not in str(error.value)
     assert sorted(out.parent.iterdir()) == before
@@ -70,7 +70,7 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
     shard.write_bytes(good)
     metadata = meta.read_bytes()
     meta.write_bytes(metadata[: len(metadata) // 2])
-    refused(save, tmp_path / "out", "is not the metadata")
+    refused(save, tmp_path / "out", r"\.metadata is damaged")
     meta.unlink()
     refused(save, tmp_path / "out", r"\.metadata is missing")
     meta.write_bytes(metadata)

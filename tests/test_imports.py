@@ -18,7 +18,7 @@ LEVELS = [
     {"presets", "ranges", "errors"},
     {"config"},
     {"routing"},
-    {"routers", "dispatch", "experts", "losses", "metrics", "controllers", "planning"},
+    {"routers", "dispatch", "experts", "losses", "metrics", "controllers", "planning", "checkpoint"},
     {"mcore"},
     {"training", "hf", "data", "report"},
 ]

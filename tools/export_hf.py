@@ -6,7 +6,7 @@ import signal
 import sys
 from pathlib import Path
 
-from megatron_dynmoe.hf.checkpoint import ExportError
+from megatron_dynmoe.checkpoint import CheckpointError
 from megatron_dynmoe.hf.export import DTYPES, export
 
 
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
             dtype=args.dtype,
             overwrite=args.overwrite,
         )
-    except (ExportError, OSError) as error:
+    except (CheckpointError, OSError) as error:
         print(f"export_hf: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

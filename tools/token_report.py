@@ -81,7 +81,7 @@ def exported_model(args: argparse.Namespace) -> Iterator[tuple[Path, str]]:
         )
     from export_hf import write_tokenizer  # the program beside this one
 
-    from megatron_dynmoe.hf.checkpoint import ExportError
+    from megatron_dynmoe.checkpoint import CheckpointError
     from megatron_dynmoe.hf.export import export
 
     with tempfile.TemporaryDirectory(prefix="token_report.") as folder:
@@ -92,7 +92,7 @@ def exported_model(args: argparse.Namespace) -> Iterator[tuple[Path, str]]:
                 tokenizer_model=args.tokenizer_model,
                 write_tokenizer=write_tokenizer,
             )
-        except (ExportError, OSError) as error:
+        except (CheckpointError, OSError) as error:
             raise ReportError(str(error)) from None
         yield done.path, str(done.checkpoint)
 

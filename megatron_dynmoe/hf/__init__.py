@@ -8,7 +8,7 @@ _HOMES = {
     "DynMoEModel": "modeling_dynmoe",
     "DynMoEForCausalLM": "modeling_dynmoe",
     "export": "export",
-    "ExportError": "checkpoint",
+    "ExportError": "errors",
 }
 
 __all__ = list(_HOMES)

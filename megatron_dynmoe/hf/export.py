@@ -19,7 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from .checkpoint import DistCheckpoint, ExportError
+from megatron_dynmoe.checkpoint.reader import DistCheckpoint
+
+from .errors import ExportError
 from .mapping import Piece, left_out, plan, stored_dtype
 from .saved_args import config_fields
 from .slots import slot_fields
@@ -74,7 +76,7 @@ def export(
         progress: show a progress bar on stderr.
 
     Raises:
-        ExportError: one sentence; `out_dir` is as it was.
+        CheckpointError: one sentence; `out_dir` is as it was. `ExportError` where the request is at fault.
     """
     out = Path(out_dir)
     if dtype is not None and dtype not in DTYPES:

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import DistCheckpoint, ExportError
+from megatron_dynmoe.checkpoint.reader import DistCheckpoint
+
+from .errors import ExportError
 from .slots import ROUTER_RECORDS
 
 

@@ -3,7 +3,7 @@
 from argparse import Namespace
 from typing import Any
 
-from .checkpoint import ExportError
+from .errors import ExportError
 
 # Arguments that change what the model computes, and the values this export can express. An argument that a checkpoint
 # does not have is from a version without the feature.

@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from .checkpoint import DistCheckpoint, ExportError
+from megatron_dynmoe.checkpoint.reader import DistCheckpoint
+
+from .errors import ExportError
 
 MASK = "experts_mask"
 # What an adaptive router remembers for training alone.

@@ -14,7 +14,7 @@ from typing import Any
 from megatron.training.argument_utils import ArgumentGroupFactory
 
 from megatron_dynmoe.config import NAMES, PRESETS, ConfigError, DynMoEConfig, dest_of, flag_of, preset_fields
-from megatron_dynmoe.training.checks import check_args
+from megatron_dynmoe.training.resume import add_resume_args
 
 
 class _DynMoEFlags(ArgumentGroupFactory):
@@ -46,7 +46,7 @@ def add_dynmoe_args(parser: ArgumentParser) -> ArgumentParser:
         default=None,
         help="Append one JSON object a log interval and one an evaluation to this file.",
     )
-    return parser
+    return add_resume_args(parser)
 
 
 def expand_preset(argv: list[str]) -> list[str]:
@@ -87,7 +87,6 @@ def dynmoe_from_args(args: Namespace) -> DynMoEConfig:
     Raises:
         ConfigError: a value that is not accepted, or experts that do not divide by the expert-parallel ranks.
     """
-    check_args(args)
     values = {f.name: getattr(args, dest_of(f.name)) for f in fields(DynMoEConfig)}
     coeff = values["load_balance_coeff"]
     if isinstance(coeff, list):  # Megatron takes one value a balancing type

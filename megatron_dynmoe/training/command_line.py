@@ -12,6 +12,7 @@ from megatron.training.arguments import add_megatron_arguments, parse_and_valida
 
 from megatron_dynmoe import host
 from megatron_dynmoe.config import ConfigError, DynMoEConfig
+from megatron_dynmoe.training import resume
 from megatron_dynmoe.training.arguments import add_dynmoe_args, dynmoe_from_args, prepare_argv
 from megatron_dynmoe.training.failures import refusing_flags
 from megatron_dynmoe.training.paths import check_paths
@@ -65,7 +66,7 @@ def _parser() -> FlagParser:
     return FlagParser()
 
 
-def read_flags(argv: list[str]) -> tuple[Namespace, DynMoEConfig]:
+def read_flags(argv: list[str]) -> tuple[Namespace, DynMoEConfig, resume.Resume | None]:
     """Parse and check the command line, ours before Megatron's own checks; sets Megatron's global arguments.
 
     Args:
@@ -73,15 +74,17 @@ def read_flags(argv: list[str]) -> tuple[Namespace, DynMoEConfig]:
 
     Raises:
         ConfigError: what cannot work, with the flag, its value, and what would be accepted.
+        CheckpointError: what ``--load`` names is not plain data, or damaged.
     """
     argv = [*host.default_flags(), *prepare_argv(argv)]
     given = _parser().parse_args(argv)
     check_flags(given)
     check_values(given)
     dynmoe = dynmoe_from_args(given)
+    resumed = resume.prepare(given)  # before anything of a checkpoint is unpickled, which Megatron's checks may do
     sys.argv[1:] = argv
     with refusing_flags(given):
         args = parse_and_validate_args(add_dynmoe_args)
     check_ranks(args)
     check_paths(args)
-    return args, dynmoe
+    return args, dynmoe, resumed

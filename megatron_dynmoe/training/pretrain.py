@@ -17,9 +17,9 @@ from megatron.training.config.container import PretrainConfigContainer
 from megatron_dynmoe import host
 from megatron_dynmoe.config import DynMoEConfig
 from megatron_dynmoe.mcore.adaptation import ExpertAdaptation
-from megatron_dynmoe.mcore.checkpoint import check_folder, latest_folder
 from megatron_dynmoe.mcore.config import check_config
 from megatron_dynmoe.mcore.tracker import RoutingTracker
+from megatron_dynmoe.training import resume
 from megatron_dynmoe.training.batch import get_embedding_ranks
 from megatron_dynmoe.training.command_line import read_flags
 from megatron_dynmoe.training.datasets import build_datasets, data_prefixes
@@ -48,29 +48,16 @@ def main(argv: list[str] | None = None, *, check_data: DataCheck | None = None) 
     """
     host.enable()
     try:
-        args, dynmoe = read_flags(sys.argv[1:] if argv is None else argv)
+        args, dynmoe, resumed = read_flags(sys.argv[1:] if argv is None else argv)
         if check_data is not None:
             vocabulary = get_tokenizer().vocab_size
             for prefix in data_prefixes(args):
                 check_data(prefix, vocabulary)
-        check_load(args)
+        resume.check_fits(resumed, args, get_tokenizer().vocab_size)
         run(args, dynmoe)
     except Exception as error:
         return report(error)
     return 0
-
-
-def check_load(args: Namespace) -> None:
-    """Look at the checkpoint that ``--load`` names.
-
-    Raises:
-        CheckpointError: it is damaged.
-    """
-    if args.load is None:
-        return
-    folder = latest_folder(args.load, args.ckpt_step)
-    if folder is not None:
-        check_folder(folder)
 
 
 def run(args: Namespace, dynmoe: DynMoEConfig) -> None:

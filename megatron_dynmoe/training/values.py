@@ -7,6 +7,7 @@ from argparse import Namespace
 from importlib.util import find_spec
 
 from megatron_dynmoe.config import ConfigError
+from megatron_dynmoe.mcore.config import check_balancing
 from megatron_dynmoe.ranges import MOST_EXPERTS
 
 # The least that is accepted, where the flag is given.
@@ -68,6 +69,8 @@ def check_values(args: Namespace) -> None:
             _refuse(name, getattr(args, name), "a number from 0 to 1")
     if args.num_experts is not None and args.num_experts > MOST_EXPERTS:
         _refuse("num_experts", args.num_experts, f"at most {MOST_EXPERTS}")
+    if args.num_experts is not None:
+        check_balancing(args.moe_router_load_balancing_type)
     _check_layer_freq(args.moe_layer_freq, args.num_layers)
     if args.window_size is not None and len(args.window_size) != 2:
         _refuse("window_size", args.window_size, "two numbers, the tokens seen to the left and to the right, as 128,0")
