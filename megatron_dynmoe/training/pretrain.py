@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable
@@ -20,11 +19,14 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dynmoe import host
 from megatron_dynmoe.config import DynMoEConfig
+from megatron_dynmoe.launch import outcome
+from megatron_dynmoe.launch.parent import end_with_parent, under_torchrun
 from megatron_dynmoe.mcore.adaptation import ExpertAdaptation
 from megatron_dynmoe.mcore.checkpoint import check_folder, latest_folder
 from megatron_dynmoe.mcore.norm import replace_norms
 from megatron_dynmoe.mcore.specs import dynamic_layer_spec
 from megatron_dynmoe.mcore.tracker import RoutingTracker
+from megatron_dynmoe.training import nan, report_failure, stop
 from megatron_dynmoe.training.arguments import add_dynmoe_args, dynmoe_from_args, prepare_argv
 from megatron_dynmoe.training.datasets import build_datasets, data_prefixes
 from megatron_dynmoe.training.log import MetricsFile, log_evaluation, log_interval
@@ -48,6 +50,9 @@ def main(argv: list[str] | None = None, *, check_data: DataCheck | None = None) 
         exit code: 0, or 2 after one sentence on what cannot work.
     """
     host.enable()
+    if under_torchrun():
+        end_with_parent()
+    report_failure.watch()
     try:
         argv = prepare_argv(sys.argv[1:] if argv is None else argv)
         sys.argv[1:] = [*host.default_flags(), *argv]
@@ -60,17 +65,17 @@ def main(argv: list[str] | None = None, *, check_data: DataCheck | None = None) 
         check_load(args)
         run(args, dynmoe)
     except ValueError as error:
-        return _refuse(str(error))
+        return report_failure.say(str(error), outcome.REFUSED)
     except (CheckpointException, CheckpointingException) as error:
         reason = str(error).strip().splitlines()[-1]
-        return _refuse(f"the checkpoint in {args.load} cannot be loaded or saved: {reason}")
+        return report_failure.say(f"the checkpoint in {args.load} cannot be loaded or saved: {reason}", outcome.REFUSED)
+    except nan.NotANumberError as error:
+        return report_failure.say(str(error), error.code)
+    except Exception as error:
+        if isinstance(error, RuntimeError) and (sentence := nan.refused_unwatched(error)):
+            return report_failure.say(sentence, outcome.NOT_A_NUMBER)
+        return report_failure.say(f"{type(error).__name__}: {error}", 1, error)
     return 0
-
-
-def _refuse(sentence: str) -> int:
-    if os.environ.get("RANK", "0") == "0":  # every rank finds the same, one of them says it
-        print(f"error: {sentence}", file=sys.stderr, flush=True)
-    return 2
 
 
 def check_load(args: Namespace) -> None:
@@ -105,13 +110,31 @@ def run(args: Namespace, dynmoe: DynMoEConfig) -> None:
         on_step=None if adaptation is None else adaptation.after_step,
     )
     set_moe_metrics_tracker(tracker)
-    pretrain(
-        pretrain_cfg_container_from_args(args, model),
-        build_datasets,
-        ModelType.encoder_or_decoder,
-        partial(forward_step, evaluation=losses, watch=None if adaptation is None else adaptation.watch),
-        non_loss_data_func=lambda model: log_evaluation(file, tracker, losses),
-    )
+    step = partial(forward_step, evaluation=losses, watch=None if adaptation is None else adaptation.watch)
+    watch = nan.Watch()
+    model.transformer.finalize_model_grads_func = watch.after_gradients
+    try:
+        pretrain(
+            pretrain_cfg_container_from_args(args, model),
+            stop.ends_at_once(build_datasets),
+            ModelType.encoder_or_decoder,
+            guarded(step, watch),
+            non_loss_data_func=lambda model: log_evaluation(file, tracker, losses),
+        )
+    except AssertionError as error:
+        if not stop.was_cut_short(error):
+            raise
+
+
+def guarded(step: Callable[..., Any], watch: nan.Watch) -> Callable[..., Any]:
+    """``step``, a forward step, after a look at SIGTERM and at NaN."""
+
+    def guarded_step(data_iterator: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        stop.before_step(model.training)
+        watch.before_step(model)
+        return step(data_iterator, model, *args, **kwargs)
+
+    return guarded_step
 
 
 def layer_spec(config: GPTModelConfig, vp_stage: int | None = None, *, dynmoe: DynMoEConfig) -> Any:
