@@ -50,9 +50,9 @@ def say(sentence: str, code: int = 2, error: BaseException | None = None) -> int
     Returns:
         ``code``, or that of the rank that failed first.
     """
-    lost_peer = isinstance(error, RuntimeError) and any(words in str(error).lower() for words in LOST_PEER)
+    lost_peer = _lost_peer(error)
     if lost_peer:
-        sentence = f"a collective lost a rank, which was killed or is out of reach: {_first_line(error)}"
+        sentence = f"a collective lost a rank, which was killed or is out of reach: {_first_line(lost_peer)}"
         time.sleep(PATIENCE)
     mine = {"rank": _rank(), "host": socket.gethostname(), "sentence": sentence, "code": code}
     first = _claim(mine)
@@ -121,7 +121,16 @@ def _from(failure: dict) -> str:
     return f"rank {failure['rank']} on {failure['host']}: " if _world() > 1 else ""
 
 
-def _first_line(error: BaseException | None) -> str:
+def _lost_peer(error: BaseException | None) -> BaseException | None:
+    """What a collective said of a peer that is gone; others (dataset builders) raise an error of their own from it."""
+    while error is not None:
+        if isinstance(error, RuntimeError) and any(words in str(error).lower() for words in LOST_PEER):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
