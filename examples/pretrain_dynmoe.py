@@ -10,6 +10,10 @@ import sys
 
 def main() -> int:
     """Check the data, then train."""
+    from megatron_dynmoe.launch.parent import end_with_parent, under_torchrun
+
+    if under_torchrun():
+        end_with_parent()  # from here on, not after the seconds that Megatron's import takes
     from megatron_dynmoe import host
 
     host.enable()  # before Megatron is imported; does nothing where CUDA is
@@ -20,6 +24,10 @@ def main() -> int:
     return pretrain.main(check_data=lambda prefix, size: validate_indexed(prefix, vocab_size=size))
 
 
-# Imports stay inside: the first checkpoint starts a helper process, which imports this file again.
+# Imports stay inside: the first checkpoint starts helper processes, which import this file again.
 if __name__ == "__main__":
     sys.exit(main())
+elif __name__ == "__mp_main__":
+    from megatron_dynmoe.launch.parent import end_with_parent
+
+    end_with_parent()  # such a helper must not outlive its rank

@@ -285,7 +285,8 @@ def said_of_errors() -> dict[str, tuple[int, str]]:
     """Exceptions as a run meets them, and exit code and stderr of what is said."""
     import torch
 
-    from megatron_dynmoe.training.failures import report
+    from megatron_dynmoe.training import report_failure
+    from megatron_dynmoe.training.failures import describe as describe_error
 
     def unwritable() -> None:
         Path("/proc/nonsense").mkdir()
@@ -307,7 +308,7 @@ def said_of_errors() -> dict[str, tuple[int, str]]:
             try:
                 raising()
             except Exception as error:
-                said[raising.__name__] = (report(error), stderr.getvalue())
+                said[raising.__name__] = (report_failure.say(*describe_error(error)), stderr.getvalue())
     return said
 
 
@@ -316,19 +317,20 @@ def attempt(argv: list[str]) -> tuple[int, str]:
     from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
     from megatron.training.global_vars import unset_global_variables
 
+    from megatron_dynmoe.training import report_failure
     from megatron_dynmoe.training.command_line import read_flags
-    from megatron_dynmoe.training.failures import report
+    from megatron_dynmoe.training.failures import describe as describe_error
     from megatron_dynmoe.training.pretrain import pretrain_config
 
     said, other = io.StringIO(), io.StringIO()
     code: Any = 0
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(other):
         try:
-            pretrain_config(*read_flags(argv))
+            pretrain_config(*read_flags(argv)[:2])
         except SystemExit as exit:
             code = exit.code
         except Exception as error:
-            code = report(error)
+            code = report_failure.say(*describe_error(error))
         finally:
             unset_global_variables()
             with contextlib.suppress(AttributeError):

@@ -23,10 +23,11 @@ LEVELS = [
     {"training", "hf", "data", "report"},
 ]
 LEVEL = {room: number for number, rooms in enumerate(LEVELS) for room in rooms}
-# Outside the order: the redirection for machines without CUDA, the diagnosis, the driver of the demo, the test oracle.
-ASIDE = {"host", "doctor", "demo", "reference", "__init__"}
+# Outside the order: the redirection for machines without CUDA, the diagnosis, the driver of the demo, the nodes'
+# supervisors, the test oracle.
+ASIDE = {"host", "doctor", "demo", "launch", "reference", "__init__"}
 # Who may import ASIDE rooms, and whom those may import.
-ASIDE_IMPORTED_BY = {"host": {"training", "mcore", "hf", "data"}}
+ASIDE_IMPORTED_BY = {"host": {"training", "mcore", "hf", "data"}, "launch": {"training"}}
 ASIDE_IMPORTS = {"reference": {"config", "routing"}}
 
 MEGATRON_ROOMS = {"mcore": ("megatron.core",), "training": ("megatron",), "host": ("megatron",)}

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ast
 import re
-import sys
 import traceback
 from argparse import Namespace
 from collections.abc import Iterator
@@ -25,6 +24,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dynmoe.config import ConfigError
 from megatron_dynmoe.errors import UserError, os_sentence
+from megatron_dynmoe.launch import outcome
+from megatron_dynmoe.training import nan
 
 # What Megatron's configuration calls what a flag calls otherwise.
 _ALIASES = {
@@ -57,20 +58,21 @@ def _checkpoint() -> str:
         return ""
 
 
-def report(error: BaseException) -> int:
-    """Say on stderr what went wrong.
+def describe(error: Exception) -> tuple[str, int, Exception | None]:
+    """What to say of an error.
 
     Returns:
-        exit code: 2 after the one sentence of a mistake of the user's, 1 after a sentence and the traceback.
+        the sentence; the exit code, 2 for a mistake of the user's; and, where nothing of it is known, the error again,
+        whose traceback is to be kept.
     """
-    sentence = sentence_of(error)
-    if sentence is not None:
-        print(f"error: {sentence}", file=sys.stderr, flush=True)
-        return 2
-    trace = "".join(traceback.format_exception(error)).rstrip()
+    if isinstance(error, nan.NotANumberError):
+        return str(error), error.code, None
+    if isinstance(error, RuntimeError) and (sentence := nan.refused_unwatched(error)):
+        return sentence, outcome.NOT_A_NUMBER, None
+    if (sentence := sentence_of(error)) is not None:
+        return sentence, outcome.REFUSED, None
     what = f"{type(error).__name__} in {_place(_frames(error)[-1:])}"
-    print(f"error: {what}, which is not known to be caused by your input:\n{trace}", file=sys.stderr, flush=True)
-    return 1
+    return f"{what}, which is not known to be caused by your input: {' '.join(str(error).split())}", 1, error
 
 
 @contextmanager

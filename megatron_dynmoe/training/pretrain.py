@@ -16,14 +16,15 @@ from megatron.training.config.container import PretrainConfigContainer
 
 from megatron_dynmoe import host
 from megatron_dynmoe.config import DynMoEConfig
+from megatron_dynmoe.launch.parent import end_with_parent, under_torchrun
 from megatron_dynmoe.mcore.adaptation import ExpertAdaptation
 from megatron_dynmoe.mcore.config import check_config
 from megatron_dynmoe.mcore.tracker import RoutingTracker
-from megatron_dynmoe.training import resume
+from megatron_dynmoe.training import nan, report_failure, resume, stop
 from megatron_dynmoe.training.batch import get_embedding_ranks
 from megatron_dynmoe.training.command_line import read_flags
 from megatron_dynmoe.training.datasets import build_datasets, data_prefixes
-from megatron_dynmoe.training.failures import refusing_flags, report
+from megatron_dynmoe.training.failures import describe, refusing_flags
 from megatron_dynmoe.training.log import MetricsFile, log_evaluation, log_interval
 from megatron_dynmoe.training.model import DynamicGPTModelConfig, layer_spec
 from megatron_dynmoe.training.refused import check_experts
@@ -47,6 +48,9 @@ def main(argv: list[str] | None = None, *, check_data: DataCheck | None = None) 
         exit code: 0, 2 after one sentence on what cannot work, or 1 after a sentence and a traceback.
     """
     host.enable()
+    if under_torchrun():
+        end_with_parent()
+    report_failure.watch()
     try:
         args, dynmoe, resumed = read_flags(sys.argv[1:] if argv is None else argv)
         if check_data is not None:
@@ -56,7 +60,7 @@ def main(argv: list[str] | None = None, *, check_data: DataCheck | None = None) 
         resume.check_fits(resumed, args, get_tokenizer().vocab_size)
         run(args, dynmoe)
     except Exception as error:
-        return report(error)
+        return report_failure.say(*describe(error))
     return 0
 
 
@@ -78,14 +82,32 @@ def run(args: Namespace, dynmoe: DynMoEConfig) -> None:
     set_moe_metrics_tracker(tracker)
     datasets = partial(build_datasets, config=config.model.transformer)
     datasets.is_distributed = True  # each rank decides whether it reads
-    pretrain(
-        config,
-        datasets,
-        ModelType.encoder_or_decoder,
-        partial(forward_step, evaluation=losses, watch=None if adaptation is None else adaptation.watch),
-        get_embedding_ranks=partial(get_embedding_ranks, config=config.model.transformer),
-        non_loss_data_func=lambda model: log_evaluation(file, tracker, losses),
-    )
+    step = partial(forward_step, evaluation=losses, watch=None if adaptation is None else adaptation.watch)
+    watch = nan.Watch()
+    config.model.transformer.finalize_model_grads_func = watch.after_gradients
+    try:
+        pretrain(
+            config,
+            stop.ends_at_once(datasets),
+            ModelType.encoder_or_decoder,
+            guarded(step, watch),
+            get_embedding_ranks=partial(get_embedding_ranks, config=config.model.transformer),
+            non_loss_data_func=lambda model: log_evaluation(file, tracker, losses),
+        )
+    except AssertionError as error:
+        if not stop.was_cut_short(error):
+            raise
+
+
+def guarded(step: Callable[..., Any], watch: nan.Watch) -> Callable[..., Any]:
+    """``step``, a forward step, after a look at SIGTERM and at NaN."""
+
+    def guarded_step(data_iterator: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        stop.before_step(model.training)
+        watch.before_step(model)
+        return step(data_iterator, model, *args, **kwargs)
+
+    return guarded_step
 
 
 def pretrain_config(args: Namespace, dynmoe: DynMoEConfig) -> PretrainConfigContainer:
