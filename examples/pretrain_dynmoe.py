@@ -16,7 +16,7 @@ def main() -> int:
         end_with_parent()  # from here on, not after the seconds that Megatron's import takes
     from megatron_dynmoe import host
 
-    host.enable()  # before Megatron is imported; does nothing where CUDA is
+    host.enable()  # before Megatron is imported; where CUDA is, mends what is at fault there too
 
     from megatron_dynmoe.data import validate_indexed
     from megatron_dynmoe.training import pretrain
