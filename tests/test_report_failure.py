@@ -16,18 +16,19 @@ def faulty(argv, place: str, on_ranks: tuple[int, ...], port: int | None) -> int
     """Train, with a fault at ``place`` on some ranks; ``port`` is of a store such as torchrun's agent keeps."""
     if port is not None:
         os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_PORT": str(port)}
-    from megatron_dynmoe.training import pretrain
+    from megatron_dynmoe.config import ConfigError
+    from megatron_dynmoe.training import command_line, pretrain
 
     def fail(*args, **kwargs):
         if int(os.environ["RANK"]) in on_ranks:
             if place == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
-            raise (KeyError if place == "training" else ValueError)(f"fault in {place}")
+            raise (KeyError if place == "training" else ConfigError)(f"fault in {place}")
         return original(*args, **kwargs)
 
     if place == "check_data":
-        original = pretrain.parse_and_validate_args
-        pretrain.parse_and_validate_args = fail
+        original = command_line.parse_and_validate_args
+        command_line.parse_and_validate_args = fail
     elif place == "load":
         from megatron.training import training
 
