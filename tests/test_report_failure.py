@@ -37,8 +37,8 @@ def faulty(argv, place: str, on_ranks: tuple[int, ...], port: int | None) -> int
     elif place == "datasets":
         from megatron_dynmoe.training import datasets
 
-        original = datasets._dataset_config
-        datasets._dataset_config = fail
+        original = datasets.dataset_config
+        datasets.dataset_config = fail
     else:
         original = pretrain.forward_step
         pretrain.forward_step = fail
