@@ -79,7 +79,8 @@ class DynMoEConfig:
     probabilities."""
 
     load_balance_coeff: float = _megatron("moe_aux_loss_coeff", 0.0)
-    """Weight alpha of the load-balance loss."""
+    """Weight alpha of the load-balance loss; --moe-router-load-balancing-type none turns it off. Under rule 'top-any'
+    its gradient goes through the division by a token's number of experts, as in DynMoE's public code."""
 
     entropy_coeff: float = 0.0
     """Weight beta of the entropy ('dynamic') loss, which keeps a top-p router from flat distributions."""
