@@ -165,6 +165,7 @@ def honour_all(folder: Path) -> None:
     from megatron.core import parallel_state
 
     from megatron_dynmoe.config import ConfigError
+    from megatron_dynmoe.training.datasets import _check_full_validation
 
     torch.distributed.init_process_group("gloo")
     parallel_state.initialize_model_parallel()
@@ -176,6 +177,10 @@ def honour_all(folder: Path) -> None:
     eod_mask_reaches_the_model(folder)
     documents_are_packed(folder)
     middles_are_filled_in(folder)
+    documents_do_not_see_each_other(folder)
+    for datasets, test, says in (([[]], None, "set 0 has 0 sequences for 1 data-parallel"), ([[1]], [1], "test share")):
+        with pytest.raises(ConfigError, match=says):
+            _check_full_validation(datasets, test=test)
     train, _, _ = step_with(["--per-dataset-sequences-path", str(folder / "counts.json")], folder)
     assert train.config.sequences_per_dataset == {str(folder / "text"): [24, 25]}
     for words, says in (
@@ -212,6 +217,14 @@ def documents_are_packed(folder: Path) -> None:
     for end in ends[1:-1]:
         assert tokens[0, end - 1] == 1 or end % args.seq_length == 0
         assert positions[0, end] == 0
+
+
+def documents_do_not_see_each_other(folder: Path) -> None:
+    """The mask is True where attention must not look; positions start again."""
+    _, model, _ = step_with(["--reset-attention-mask", "--reset-position-ids", *tokenizer_flags(folder)], folder)
+    tokens, positions, mask = model.inputs
+    end = (tokens[0] == 1).nonzero()[0].item()
+    assert mask[0, 0, end + 1, : end + 1].all() and positions[0, end + 1] == 0
 
 
 def middles_are_filled_in(folder: Path) -> None:
