@@ -27,7 +27,7 @@ COMMON, EXTRA, WEIGHT = "common_state/shard_0_1", "decoder.layers.0._extra_state
 def good(tmp_path_factory) -> Path:
     """A checkpoint with an object beside megatron's arguments."""
     args = Namespace(**ARGS)
-    extra = {EXTRA: torch.frombuffer(bytearray(pickle.dumps({"recipe": [1.0]})), dtype=torch.uint8)}
+    extra = {EXTRA: [torch.frombuffer(bytearray(pickle.dumps({"recipe": [1.0]})), dtype=torch.uint8)]}
     return write_checkpoint(tmp_path_factory.mktemp("good"), args, megatron_weights(args) | extra)
 
 
@@ -134,7 +134,7 @@ def test_what_megatron_and_transformer_engine_save_passes(tmp_path: Path, good: 
     torch.save(state, before)  # Transformer Engine 1
     for number, thing in enumerate((engine, before, torch.empty(0, dtype=torch.uint8), None)):
         save = shutil.copytree(good, tmp_path / f"engine{number}")
-        place_in_shard(save, EXTRA, hostile.archive(thing))
+        place_in_shard(save, EXTRA, hostile.archive([thing]))
         look(save)
     rng = {"np": ("MT19937", numbers, 1, 0, 0.5), "scalar": numbers[0], "torch": torch.get_rng_state()}
     rng |= {"generator": torch.Generator(), "half": torch.ones(2, dtype=torch.float8_e4m3fn), "path": tmp_path}
