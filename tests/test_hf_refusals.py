@@ -1,5 +1,6 @@
 """What an export refuses: damaged or foreign checkpoints, models it cannot express, targets it would destroy."""
 
+import resource
 from argparse import Namespace
 from pathlib import Path
 
@@ -92,3 +93,41 @@ def test_the_target_is_replaced_only_when_asked_and_only_by_a_whole_export(tmp_p
     other.mkdir()
     (other / "thesis.tex").write_text("...")
     refused(save, other, "is no exported model", overwrite=True)
+
+
+def test_sizes_that_no_model_has_are_refused(tmp_path: Path) -> None:
+    args = Namespace(**ARGS)
+    changes = [("num_attention_heads", 0), ("num_query_groups", 0), ("num_query_groups", 3), ("num_layers", 0)]
+    changes += [("ffn_hidden_size", "12"), ("moe_layer_freq", 0), ("moe_layer_freq", [1]), ("num_experts", -1)]
+    for number, (name, value) in enumerate(changes):
+        save = write_checkpoint(tmp_path / str(number), Namespace(**(ARGS | {name: value})), megatron_weights(args))
+        refused(save, tmp_path / "out", f"the checkpoint's {name}")
+
+
+def test_a_link_stays_and_its_folder_is_written(tmp_path: Path) -> None:
+    save, _ = make(tmp_path / "save")
+    (tmp_path / "disk").mkdir()
+    for number, target in enumerate((tmp_path / "disk" / "there", tmp_path / "disk" / "not yet")):
+        link = tmp_path / f"link{number}"
+        link.symlink_to(target)
+        if number == 0:
+            target.mkdir()
+        export(save, link, progress=False)
+        export(save, link, progress=False, overwrite=True)
+        assert link.is_symlink() and (target / "model.safetensors").is_file()
+    assert sorted(path.name for path in (tmp_path / "disk").iterdir()) == ["not yet", "there"]
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
+    """A limit on the size of a file stands for a full disk: writes fail in the same places, with another number."""
+    save, _ = make(tmp_path / "save", hidden_size=32, kv_channels=8)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for room in (10, 4 << 10, 16 << 10):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+        try:
+            with pytest.raises(CheckpointError) as error:
+                export(save, tmp_path / "out", progress=False)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert f"{tmp_path / 'out'} cannot be written" in str(error.value) and "\n" not in str(error.value)
+        assert [path.name for path in tmp_path.iterdir()] == ["save"]

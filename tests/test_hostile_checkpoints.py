@@ -1,13 +1,16 @@
 """A stranger's checkpoint runs no code and writes no file: hostile archives in every place, through every reader."""
 
+import collections
 import contextlib
 import io
 import pickle
 import shutil
+import signal
 import sys
 from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -24,7 +27,7 @@ COMMON, EXTRA, WEIGHT = "common_state/shard_0_1", "decoder.layers.0._extra_state
 def good(tmp_path_factory) -> Path:
     """A checkpoint with an object beside megatron's arguments."""
     args = Namespace(**ARGS)
-    extra = {EXTRA: torch.frombuffer(bytearray(pickle.dumps({"recipe": [1.0]})), dtype=torch.uint8)}
+    extra = {EXTRA: [torch.frombuffer(bytearray(pickle.dumps({"recipe": [1.0]})), dtype=torch.uint8)]}
     return write_checkpoint(tmp_path_factory.mktemp("good"), args, megatron_weights(args) | extra)
 
 
@@ -121,6 +124,24 @@ def test_every_hostile_file_is_refused_by_name(tmp_path: Path, good: Path) -> No
         assert str(iteration(save)) in str(error.value) and "\n" not in str(error.value), name
         assert not marker.exists(), name
     assert "this" not in sys.modules
+
+
+def test_what_megatron_and_transformer_engine_save_passes(tmp_path: Path, good: Path) -> None:
+    numbers = np.random.default_rng(0).integers(0, 9, 5).astype(np.uint32)
+    state = {"scale": torch.ones(3), "recipe": collections.OrderedDict(a={1, 2}), "history": torch.zeros(2, 3)}
+    engine = torch.frombuffer(bytearray(pickle.dumps(state)), dtype=torch.uint8)  # Transformer Engine 2
+    before = io.BytesIO()
+    torch.save(state, before)  # Transformer Engine 1
+    for number, thing in enumerate((engine, before, torch.empty(0, dtype=torch.uint8), None)):
+        save = shutil.copytree(good, tmp_path / f"engine{number}")
+        place_in_shard(save, EXTRA, hostile.archive([thing]))
+        look(save)
+    rng = {"np": ("MT19937", numbers, 1, 0, 0.5), "scalar": numbers[0], "torch": torch.get_rng_state()}
+    rng |= {"generator": torch.Generator(), "half": torch.ones(2, dtype=torch.float8_e4m3fn), "path": tmp_path}
+    rng |= {"signal": signal.SIGTERM, "dtype": torch.bfloat16, "set": {1}, "layout": torch.strided}
+    save = shutil.copytree(good, tmp_path / "rng")
+    place(save, "common.pt", hostile.archive({"args": Namespace(**ARGS), "rng": rng}))
+    look(save)
 
 
 def test_the_sentence_names_file_key_and_class(tmp_path: Path, good: Path) -> None:

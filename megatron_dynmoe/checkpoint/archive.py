@@ -107,8 +107,11 @@ class Archive:
             seen.add(name)
             if offset != at:
                 raise DamagedError("has gaps between its members")
-            start = self._member_start(offset, path)
-            at = self._member_end(start, length, crc, wide=max(length, offset) >= 0xFFFFFFFF)
+            start, described = self._member_start(offset, path)
+            if described or length or crc:  # an empty member may go without
+                at = self._member_end(start, length, crc, wide=max(length, offset) >= 0xFFFFFFFF)
+            else:
+                at = start
             yield name, Member(start, length, crc)
         if position != size or at != directory:
             raise DamagedError("has a directory that does not fit")
@@ -136,12 +139,13 @@ class Archive:
             raise DamagedError("has an end that does not fit")
         return count64, size64, offset64
 
-    def _member_start(self, offset: int, path: str) -> int:
+    def _member_start(self, offset: int, path: str) -> tuple[int, bool]:
+        """Where a member's bytes begin, and whether its size and checksum follow them."""
         _, flags, method, *_, name_size, extra = self._unpack(_LOCAL, offset, b"PK\x03\x04")
         start = offset + _LOCAL.size + name_size
         if self._bytes(start - name_size, name_size) != path.encode() or method != 0 or flags & ~0x808:
             raise DamagedError(f"has another name or form for {path} than its directory says")
-        return start + extra
+        return start + extra, bool(flags & 8)
 
     def _member_end(self, start: int, size: int, crc: int, *, wide: bool) -> int:
         """Behind the checksum that follows a member; its sizes are `wide` (64 bits) from 4 GiB on."""

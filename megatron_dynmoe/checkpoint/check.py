@@ -88,7 +88,7 @@ def read_place(folder: Path, place: Place, file: Any, *, checksums: bool = True)
         _check_tensor(found, place)
         return found
     except NotPlainError as error:
-        raise NotPlainError(f"{where} {error}; that is no plain data, see docs/export.md on trust.") from None
+        raise NotPlainError(f"{where} {error}; that is no plain data, see docs/checkpoints.md.") from None
     except DamagedError as error:
         raise CheckpointError(f"{where} {error}; it is damaged, choose an earlier iteration.") from None
 

@@ -64,7 +64,7 @@ def read_index(folder: Path) -> Metadata:
     try:
         return _metadata(unpickle(raw, INDEX_NAMES))
     except NotPlainError as error:
-        raise NotPlainError(f"{path} {error}, which plain data does not; see docs/export.md on trust.") from None
+        raise NotPlainError(f"{path} {error}, which plain data does not; see docs/checkpoints.md.") from None
     except (DamagedError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged: it {_said(error)}.") from None
 

@@ -110,6 +110,18 @@ class _Parameter(Record):
         return data
 
 
+class _Generator(Record):
+    """A generator of random numbers (graph-safe trackers keep them): its state is a seed, an offset and bytes."""
+
+    name = "torch.Generator"
+
+    def __setstate__(self, state: Any) -> None:
+        plain = type(state) is tuple and len(state) == 3 and type(state[2]) is PlainTensor
+        if not plain or type(state[0]) is not int or type(state[1]) not in (int, type(None)):
+            raise NotPlainError("gives a generator another state than seed, offset and bytes")
+        self.state = state
+
+
 class _Codec(Record):
     """Bytes in a pickle of protocol 2."""
 
@@ -232,8 +244,8 @@ INDEX_NAMES = (
     | _records("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata", "MCoreSavePlan")
 )
 
-# What the objects in a checkpoint name, megatron's arguments among them: megatron/core/safe_globals.py, less
-# `torch._C.Generator` and the Transformer Engine's unpickler, which passes on to an unrestricted torch.load.
+# What the objects in a checkpoint name, megatron's arguments among them: megatron/core/safe_globals.py, and what
+# its unpickler of the Transformer Engine's states accepts, less the call to an unrestricted torch.load.
 OBJECT_NAMES = (
     _CONTAINERS
     | {
@@ -242,6 +254,7 @@ OBJECT_NAMES = (
         ("_io", "BytesIO"): _Bytes,
         ("numpy", "dtype"): _NumpyDtype,
         ("numpy", "ndarray"): _NumpyClass,
+        ("torch._C", "Generator"): _Generator,
         ("torch._utils", "_rebuild_tensor_v2"): PlainTensor,
         ("torch._utils", "_rebuild_tensor_v3"): PlainTensor,
         ("torch._utils", "_rebuild_parameter"): _Parameter,
@@ -249,6 +262,7 @@ OBJECT_NAMES = (
     }
     | {(f"numpy.{core}.multiarray", "_reconstruct"): _NumpyArray for core in ("core", "_core")}
     | {(f"numpy.{core}.multiarray", "scalar"): _NumpyScalar for core in ("core", "_core")}
+    | _records("torch", "device")
     | _records("types", "SimpleNamespace")
     | _records("pathlib", "PosixPath")
     | _records("signal", "Signals")

@@ -6,6 +6,7 @@ the target's name at the end: an export that fails or is interrupted leaves noth
 """
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -64,7 +66,7 @@ def export(
 
     Args:
         checkpoint_dir: `SAVE` (newest iteration) or `SAVE/iter_0000100`.
-        out_dir: folder to make; one that exists must be empty, unless `overwrite`.
+        out_dir: folder to make, or a link to it; one that exists must be empty, unless `overwrite`.
         iteration: of `SAVE`, instead of the newest.
         tokenizer_model: the tokenizer of the training; `write_tokenizer(tokenizer_model, folder)` writes it in Hugging
             Face form.
@@ -78,13 +80,13 @@ def export(
     Raises:
         CheckpointError: one sentence; `out_dir` is as it was. `ExportError` where the request is at fault.
     """
-    out = Path(out_dir)
+    out = Path(os.path.realpath(out_dir))  # a link stays, and what it points to is written
     if dtype is not None and dtype not in DTYPES:
         raise ExportError(f"dtype is {dtype!r}; accepted: {', '.join(DTYPES)}.")
     check_target(out, overwrite=overwrite)
     checkpoint = DistCheckpoint(checkpoint_dir, iteration=iteration)
     fields = config_fields(checkpoint.args)
-    with _beside(out) as folder:
+    with _beside(out) as folder, _writing(out):
         tokenizer = None
         if tokenizer_model is not None and write_tokenizer is not None:
             tokenizer = _tokenizer(write_tokenizer, Path(tokenizer_model), folder)
@@ -111,6 +113,17 @@ def check_target(out: Path, *, overwrite: bool) -> None:
         raise ExportError(
             f"output {out} is no exported model (it has no config.json), so --overwrite does not replace it."
         )
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    """Errors of the file system (a full disk) as one sentence; safetensors has an exception of its own for them."""
+    try:
+        yield
+    except OSError as error:
+        raise ExportError(f"{out} cannot be written ({error.strerror or error}).") from error
+    except SafetensorError as error:
+        raise ExportError(f"{out} cannot be written ({error}).") from error
 
 
 @contextmanager

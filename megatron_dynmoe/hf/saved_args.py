@@ -57,9 +57,31 @@ def config_fields(args: Namespace) -> dict[str, Any]:
             wanted = " or ".join(repr(v) for v in accepted)
             raise ExportError(f"the checkpoint was trained with {name} = {value!r}; the export can express {wanted}.")
     try:
+        _check_counts(args)
         return _attention_fields(args) | _moe_fields(args)
     except AttributeError as error:
         raise ExportError(f"the checkpoint's saved arguments lack {error.name!r}.") from error
+
+
+def _check_counts(args: Namespace) -> None:
+    """Refuse sizes that no model has: they are divided by, or counted up to."""
+    names = ["num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"]
+    names += ["num_query_groups"] if args.group_query_attention else []
+    names += [name for name in ("kv_channels", "moe_ffn_hidden_size", "num_experts") if getattr(args, name, None)]
+    for name in names:
+        value = getattr(args, name)
+        if type(value) is not int or value < 1:
+            raise ExportError(f"the checkpoint's {name} is {value!r}; accepted: a whole number of at least 1.")
+    groups = args.num_query_groups if args.group_query_attention else 1
+    if args.num_attention_heads % groups:
+        raise ExportError(
+            f"the checkpoint's num_query_groups {groups} does not divide {args.num_attention_heads} heads."
+        )
+    freq = getattr(args, "moe_layer_freq", 1)
+    layers = type(freq) is list and len(freq) == args.num_layers and set(freq) <= {0, 1}
+    if getattr(args, "num_experts", None) and not layers and (type(freq) is not int or freq < 1):
+        wanted = f"a whole number of at least 1, or {args.num_layers} of 0 and 1"
+        raise ExportError(f"the checkpoint's moe_layer_freq is {freq!r}; accepted: {wanted}.")
 
 
 def _attention_fields(args: Namespace) -> dict[str, Any]:
