@@ -257,7 +257,7 @@ stray words -> stray
 --moe-metrics-file /tmp -> /tmp
 --moe-metrics-file {long} -> File name too long
 --save-interval 1 --save {long} -> File name too long
---moe-routing-trace-path /proc/nonsense -> accepted
+--moe-routing-trace-path /proc/nonsense -> --moe-routing-trace-path
 --log-energy -> accepted
 --distributed-backend carrier-pigeon -> 'carrier-pigeon'
 --distributed-timeout-minutes 0 -> --distributed-timeout-minutes
@@ -336,8 +336,8 @@ def attempt(argv: list[str]) -> tuple[int, str]:
     return code, said.getvalue() + (other.getvalue() if argv == ["--help"] else "")
 
 
-def describe(base: list[str], folder: str) -> None:
-    """Write Megatron's flags to ``folder``: by name their options, and what the entry says to each refused one."""
+def describe(base: list[str], options: list[str], folder: str) -> None:
+    """Write Megatron's flags to ``folder``: by name their options, and what the entry says to each of ``options``."""
     from argparse import ArgumentParser
 
     from megatron.training.arguments import add_megatron_arguments
@@ -350,7 +350,7 @@ def describe(base: list[str], folder: str) -> None:
     for action in parser._actions:
         if action not in kitchen:  # of a library that is not Megatron's
             flags.setdefault(action.dest, []).extend(action.option_strings)
-    refused = {a.dest: attempt([*base, *given(a)]) for a in parser._actions if a.dest in REFUSED}
+    refused = {a.dest: attempt([*base, *given(a)]) for a in parser._actions if set(options) & set(a.option_strings)}
     Path(folder, "flags.json").write_text(json.dumps({"flags": flags, "refused": refused, "reasons": REFUSED}))
 
 

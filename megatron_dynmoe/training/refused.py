@@ -13,6 +13,8 @@ from megatron_dynmoe.mcore.experts import why_not_torch
 
 # The name under which Megatron's parser keeps a flag -> why it cannot act here, and what to do instead.
 REFUSED: dict[str, str] = {
+    "moe_routing_trace_path": "the trace looks for routers of stock top-k (router_trace.py) and would stay empty; "
+    "--moe-metrics-file writes what each layer routed",
     "spec": "layers are Megatron's own choice for the other flags, made dynamic; for a layer spec of your own call "
     "megatron_dynmoe.dynamic_layer_spec in Python",
     "yaml_cfg": "the flags of dynamic MoE have no place in Megatron's YAML; give flags",
