@@ -265,6 +265,9 @@ stray words -> stray
 """
 
 
+last_config: Any = None  # of the command line that was accepted last
+
+
 def cases() -> list[tuple[list[str], str]]:
     """(flags, what the answer must contain)."""
     lines = [line.split(" -> ") for line in CASES.replace("{long}", f"/tmp/{'x' * 300}").strip().splitlines()]
@@ -322,9 +325,10 @@ def attempt(argv: list[str]) -> tuple[int, str]:
 
     said, other = io.StringIO(), io.StringIO()
     code: Any = 0
+    global last_config
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(other):
         try:
-            pretrain_config(*read_flags(argv))
+            last_config = pretrain_config(*read_flags(argv))
         except SystemExit as exit:
             code = exit.code
         except Exception as error:
@@ -351,7 +355,10 @@ def describe(base: list[str], options: list[str], folder: str) -> None:
         if action not in kitchen:  # of a library that is not Megatron's
             flags.setdefault(action.dest, []).extend(action.option_strings)
     refused = {a.dest: attempt([*base, *given(a)]) for a in parser._actions if set(options) & set(a.option_strings)}
-    Path(folder, "flags.json").write_text(json.dumps({"flags": flags, "refused": refused, "reasons": REFUSED}))
+    attempt([*base, "--use-rope-scaling", "--rope-scaling-factor", "4"])
+    told = {"rope_scaling_factor": last_config.model.rope_scaling_factor}
+    written = {"flags": flags, "refused": refused, "reasons": REFUSED, "told": told}
+    Path(folder, "flags.json").write_text(json.dumps(written))
 
 
 def given(action: Any) -> list[str]:

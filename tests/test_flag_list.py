@@ -66,6 +66,10 @@ def test_refused_flags_are_refused(megatron, listed):
         assert megatron["reasons"].get(name, "") in PAGE
 
 
+def test_what_megatrons_mapping_leaves_out_reaches_the_model(megatron):
+    assert megatron["told"] == {"rope_scaling_factor": 4.0}
+
+
 def attributes(*folders: str, without: tuple[str, ...] = ()) -> set[str]:
     """Words that are read as attributes, or named in a string, in megatron's sources under ``folders``."""
     (root,) = find_spec("megatron").submodule_search_locations
