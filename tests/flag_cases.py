@@ -8,6 +8,7 @@ import json
 import socket
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 # One a line; after " -> " what the sentence must contain, "accepted" where Megatron makes sense of it.
 CASES = """
@@ -289,6 +290,7 @@ def said_of_errors() -> dict[str, tuple[int, str]]:
     import torch
 
     from megatron_dynmoe.training.failures import report
+    from megatron_dynmoe.training.log import MetricsFile
 
     def unwritable() -> None:
         Path("/proc/nonsense").mkdir()
@@ -297,6 +299,10 @@ def said_of_errors() -> dict[str, tuple[int, str]]:
         with Path("/dev/full").open("w") as file:
             file.write("x")
 
+    def full_metrics() -> None:
+        with mock.patch("megatron_dynmoe.training.log.is_last_rank", return_value=True):
+            MetricsFile("/dev/full").write({})
+
     def of_torch() -> None:
         torch.optim.SGD([torch.ones(1, requires_grad=True) * 2], lr=1)
 
@@ -304,7 +310,7 @@ def said_of_errors() -> dict[str, tuple[int, str]]:
         socket.create_connection(("127.0.0.1", 1))
 
     said = {}
-    for raising in (unwritable, full, of_torch, connection):
+    for raising in (unwritable, full, full_metrics, of_torch, connection):
         stderr = io.StringIO()
         with contextlib.redirect_stderr(stderr):
             try:

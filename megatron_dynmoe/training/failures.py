@@ -43,7 +43,10 @@ def sentence_of(error: BaseException) -> str | None:
     if isinstance(error, (CheckpointException, CheckpointingException)):
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         return f"the checkpoint {_checkpoint()}cannot be loaded or saved: {reason}"
-    return user_sentence(error)
+    sentence = user_sentence(error)
+    if isinstance(error, OSError) and sentence is not None and error.filename is None:
+        return f"{sentence.rstrip('.')}, said when {_place(_frames(error)[-1:])} wrote."
+    return sentence
 
 
 def _checkpoint() -> str:
