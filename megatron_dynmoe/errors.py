@@ -21,6 +21,13 @@ class UserError(ValueError):
     """Something that the user gave and can change: ``str(error)`` is the sentence that says what and how."""
 
 
+def user_sentence(error: BaseException) -> str | None:
+    """The sentence of a :class:`UserError` or of an :class:`OSError` about a file; ``None`` for everything else."""
+    if isinstance(error, UserError):
+        return str(error)
+    return os_sentence(error) if isinstance(error, OSError) else None
+
+
 def os_sentence(error: OSError) -> str | None:
     """One sentence with the path for an operating system's refusal; ``None`` where it is not about the user's files.
 

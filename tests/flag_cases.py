@@ -8,6 +8,7 @@ import json
 import socket
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 # One a line; after " -> " what the sentence must contain, "accepted" where Megatron makes sense of it.
 CASES = """
@@ -265,6 +266,9 @@ stray words -> stray
 """
 
 
+last_config: Any = None  # of the command line that was accepted last
+
+
 def cases() -> list[tuple[list[str], str]]:
     """(flags, what the answer must contain)."""
     lines = [line.split(" -> ") for line in CASES.replace("{long}", f"/tmp/{'x' * 300}").strip().splitlines()]
@@ -287,6 +291,7 @@ def said_of_errors() -> dict[str, tuple[int, str]]:
 
     from megatron_dynmoe.training import report_failure
     from megatron_dynmoe.training.failures import describe as describe_error
+    from megatron_dynmoe.training.log import MetricsFile
 
     def unwritable() -> None:
         Path("/proc/nonsense").mkdir()
@@ -295,6 +300,10 @@ def said_of_errors() -> dict[str, tuple[int, str]]:
         with Path("/dev/full").open("w") as file:
             file.write("x")
 
+    def full_metrics() -> None:
+        with mock.patch("megatron_dynmoe.training.log.is_last_rank", return_value=True):
+            MetricsFile("/dev/full").write({})
+
     def of_torch() -> None:
         torch.optim.SGD([torch.ones(1, requires_grad=True) * 2], lr=1)
 
@@ -302,7 +311,7 @@ def said_of_errors() -> dict[str, tuple[int, str]]:
         socket.create_connection(("127.0.0.1", 1))
 
     said = {}
-    for raising in (unwritable, full, of_torch, connection):
+    for raising in (unwritable, full, full_metrics, of_torch, connection):
         stderr = io.StringIO()
         with contextlib.redirect_stderr(stderr):
             try:
@@ -324,9 +333,10 @@ def attempt(argv: list[str]) -> tuple[int, str]:
 
     said, other = io.StringIO(), io.StringIO()
     code: Any = 0
+    global last_config
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(other):
         try:
-            pretrain_config(*read_flags(argv)[:2])
+            last_config = pretrain_config(*read_flags(argv)[:2])
         except SystemExit as exit:
             code = exit.code
         except Exception as error:
@@ -338,8 +348,8 @@ def attempt(argv: list[str]) -> tuple[int, str]:
     return code, said.getvalue() + (other.getvalue() if argv == ["--help"] else "")
 
 
-def describe(base: list[str], folder: str) -> None:
-    """Write Megatron's flags to ``folder``: by name their options, and what the entry says to each refused one."""
+def describe(base: list[str], options: list[str], folder: str) -> None:
+    """Write Megatron's flags to ``folder``: by name their options, and what the entry says to each of ``options``."""
     from argparse import ArgumentParser
 
     from megatron.training.arguments import add_megatron_arguments
@@ -352,8 +362,11 @@ def describe(base: list[str], folder: str) -> None:
     for action in parser._actions:
         if action not in kitchen:  # of a library that is not Megatron's
             flags.setdefault(action.dest, []).extend(action.option_strings)
-    refused = {a.dest: attempt([*base, *given(a)]) for a in parser._actions if a.dest in REFUSED}
-    Path(folder, "flags.json").write_text(json.dumps({"flags": flags, "refused": refused, "reasons": REFUSED}))
+    refused = {a.dest: attempt([*base, *given(a)]) for a in parser._actions if set(options) & set(a.option_strings)}
+    attempt([*base, "--use-rope-scaling", "--rope-scaling-factor", "4"])
+    told = {"rope_scaling_factor": last_config.model.rope_scaling_factor}
+    written = {"flags": flags, "refused": refused, "reasons": REFUSED, "told": told}
+    Path(folder, "flags.json").write_text(json.dumps(written))
 
 
 def given(action: Any) -> list[str]:

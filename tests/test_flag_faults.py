@@ -40,7 +40,14 @@ def test_help(tried):
     assert "100%" in text and "100%%" not in text  # percent signs that megatron escaped stay one
 
 
-@pytest.mark.parametrize(("name", "part"), [("unwritable", "/proc/nonsense"), ("full", "No space left")])
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("unwritable", "/proc/nonsense"),
+        ("full", "No space left on device, said when"),
+        ("full_metrics", "/dev/full: No"),
+    ],
+)
 def test_what_the_system_says_is_one_sentence(tried, name, part):
     code, said = tried["errors"][name]
     assert code == 2 and part in said and len(said.splitlines()) == 1

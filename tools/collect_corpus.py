@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from megatron_dynmoe.data.corpus import HELD_OUT, SUBSETS, TRAIN, collect
-from megatron_dynmoe.data.errors import DataError
+from megatron_dynmoe.errors import UserError, user_sentence
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,8 +30,10 @@ def main(argv: list[str] | None = None) -> int:
             compressed=tuple(args.zstd),
             overwrite=args.overwrite,
         )
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, OSError) as error:
+        if (sentence := user_sentence(error)) is None:
+            raise
+        print(f"error: {sentence}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)

@@ -9,9 +9,9 @@ import os
 import sys
 import time
 
-from megatron_dynmoe.data.errors import DataError
 from megatron_dynmoe.data.preprocess import preprocess
 from megatron_dynmoe.data.tokenizers import TokenizerFile
+from megatron_dynmoe.errors import UserError, user_sentence
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -39,8 +39,10 @@ def main(argv: list[str] | None = None) -> int:
                 flush=True,
             )
             done.append(prefix)
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, OSError) as error:
+        if (sentence := user_sentence(error)) is None:
+            raise
+        print(f"error: {sentence}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"interrupted: {', '.join(done) or 'nothing'} was written", file=sys.stderr)

@@ -4,9 +4,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_dynmoe.data.errors import DataError
 from megatron_dynmoe.data.shards import expand_inputs
 from megatron_dynmoe.data.tokenizers import train_tokenizer
+from megatron_dynmoe.errors import UserError, user_sentence
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -29,8 +29,10 @@ def main(argv: list[str] | None = None) -> int:
             sample_megabytes=args.sample_megabytes,
             overwrite=args.overwrite,
         )
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, OSError) as error:
+        if (sentence := user_sentence(error)) is None:
+            raise
+        print(f"error: {sentence}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)

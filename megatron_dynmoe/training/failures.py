@@ -23,7 +23,7 @@ from megatron.training import get_args
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dynmoe.config import ConfigError
-from megatron_dynmoe.errors import UserError, os_sentence
+from megatron_dynmoe.errors import UserError, os_sentence, user_sentence
 from megatron_dynmoe.launch import outcome
 from megatron_dynmoe.training import nan
 
@@ -41,14 +41,13 @@ _PACKAGES = ("megatron_dynmoe", "megatron", "torch", "transformers", "numpy")
 
 def sentence_of(error: BaseException) -> str | None:
     """The sentence for a mistake of the user; ``None``: not known to be one, so the traceback has to be kept."""
-    if isinstance(error, UserError):
-        return str(error)
     if isinstance(error, (CheckpointException, CheckpointingException)):
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         return f"the checkpoint {_checkpoint()}cannot be loaded or saved: {reason}"
-    if isinstance(error, OSError):
-        return os_sentence(error)
-    return None
+    sentence = user_sentence(error)
+    if isinstance(error, OSError) and sentence is not None and error.filename is None:
+        return f"{sentence.rstrip('.')}, said when {_place(_frames(error)[-1:])} wrote."
+    return sentence
 
 
 def _checkpoint() -> str:

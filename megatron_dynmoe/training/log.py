@@ -90,6 +90,9 @@ class MetricsFile:
         handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         try:
             os.write(handle, line)
+        except OSError as error:  # a full disk is told without a path
+            error.filename = str(self.path)
+            raise
         finally:
             os.close(handle)
 

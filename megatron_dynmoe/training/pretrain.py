@@ -27,7 +27,7 @@ from megatron_dynmoe.training.datasets import build_datasets, data_prefixes
 from megatron_dynmoe.training.failures import describe, refusing_flags
 from megatron_dynmoe.training.log import MetricsFile, log_evaluation, log_interval
 from megatron_dynmoe.training.model import DynamicGPTModelConfig, layer_spec
-from megatron_dynmoe.training.refused import check_experts
+from megatron_dynmoe.training.stacked_experts import check_experts
 from megatron_dynmoe.training.step import LossSums, forward_step
 
 # Losses that Megatron does not know of, by the first part of their name.
