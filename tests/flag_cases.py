@@ -58,6 +58,7 @@ stray words -> stray
 --moe-residual --moe-shared-expert-overlap -> --moe-shared-expert-overlap
 --moe-layer-freq 0 -> --moe-layer-freq
 --moe-layer-freq -2 -> --moe-layer-freq
+--moe-layer-freq [0]*4 -> at least one 1
 --moe-layer-freq [1,2,3,4] -> --moe-layer-freq
 --moe-layer-freq [1,0] -> --moe-layer-freq
 --moe-layer-freq [1]* -> --moe-layer-freq

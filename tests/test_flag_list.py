@@ -16,15 +16,6 @@ PAGE = (ROOT / "docs" / "flags.md").read_text(encoding="utf-8")
 DEFINITIONS = ("training/arguments.py", "training/yaml_arguments.py", "core/transformer/transformer_config.py")
 OTHER_RUNS = ("core/inference/", "core/export/", "training/config/inference_config.py")
 OUR_CHECKS = ("values.py", "refused.py", "paths.py")
-# Read by modules for batches and losses that are being written, or refused by them.
-PENDING = """
-    fim_data fim_rate fim_spm_rate fim_split_sample fim_fragment_rate fim_no_prefix fim_prefix_token fim_middle_token
-    fim_suffix_token fim_pad_token fim_eod_token sft dataloader_inter_document_masking per_dataset_sequences_path
-    dataloader_fast_cache_load dataloader_defer_npy_index_mmap object_storage_cache_path mid_level_dataset_surplus
-    allow_ambiguous_pad_tokens logits_load_dir logits_load_decode_threads logits_load_prefetch_factor
-    logits_load_msc_prefetch_depth logits_load_kd_loss_alpha logits_load_ignore_errors check_for_spiky_loss
-    hybrid_context_parallel glu_linear_offset mock_data moe_router_dtype
-""".split()
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +50,7 @@ def test_each_flag_is_in_one_list(megatron, listed):
 
 def test_refused_flags_are_refused(megatron, listed):
     page = {name for heading, name in listed if heading == "Refused"}
-    assert sorted(set(megatron["reasons"]) - page - set(PENDING)) == []
+    assert sorted(set(megatron["reasons"]) - page) == []
     for name, (code, said) in megatron["refused"].items():
         assert code == 2 and said.count("\n") == 1, (name, said)
         assert megatron["reasons"].get(name, "") in said
@@ -96,7 +87,7 @@ def test_what_is_honoured_is_read(listed):
             ROOT, ("megatron_dynmoe",), tuple(f"megatron_dynmoe/training/{f}" for f in OUR_CHECKS)
         ),
     }
-    unread = [(head, name) for head, name in listed if name not in readers.get(head, {name}) and name not in PENDING]
+    unread = [(head, name) for head, name in listed if name not in readers.get(head, {name})]
     assert unread == [], unread
 
 

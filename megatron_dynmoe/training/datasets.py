@@ -116,7 +116,13 @@ def dataset_config(args: Namespace) -> GPTDatasetConfig:
 
 def _fim_tokens(args: Namespace, tokenizer: Any) -> dict[str, str]:
     """The special tokens of fill-in-the-middle; an unknown one would become another in silence."""
-    tokens = {name: getattr(args, f"fim_{name}_token") for name in ("prefix", "middle", "suffix", "pad", "eod")}
+    tokens = {
+        "prefix": args.fim_prefix_token,
+        "middle": args.fim_middle_token,
+        "suffix": args.fim_suffix_token,
+        "pad": args.fim_pad_token,
+        "eod": args.fim_eod_token,
+    }
     known = tokenizer._tokenizer  # where GPTFIMDataset looks
     vocabulary = known.tokenizer.get_vocab() if hasattr(getattr(known, "tokenizer", None), "get_vocab") else None
     if vocabulary is None:

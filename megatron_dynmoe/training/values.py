@@ -72,6 +72,8 @@ def check_values(args: Namespace) -> None:
     if args.num_experts is not None:
         check_balancing(args.moe_router_load_balancing_type)
     _check_layer_freq(args.moe_layer_freq, args.num_layers)
+    if args.num_experts is not None and isinstance(args.moe_layer_freq, list) and not any(args.moe_layer_freq):
+        _refuse("moe_layer_freq", args.moe_layer_freq, "at least one 1 (MoE) beside --num-experts")
     if args.window_size is not None and len(args.window_size) != 2:
         _refuse("window_size", args.window_size, "two numbers, the tokens seen to the left and to the right, as 128,0")
     if args.group_query_attention and args.num_attention_heads and args.num_attention_heads % args.num_query_groups:
