@@ -181,7 +181,7 @@ def test_a_restart_waits_for_the_run_before_it(tmp_path: Path, capsys) -> None:
         threading.Timer(0.5, os.kill, (pid, signal.SIGKILL)).start()
         assert hold(tmp_path, wait_s=60) is None
         os.waitpid(pid, 0)
-    assert f"is in use by process {pid}" in capsys.readouterr().out
+    assert f"is in use by process {pid}" in capsys.readouterr().err
 
 
 def test_a_second_run_into_the_same_folder_is_refused(tmp_path: Path, monkeypatch) -> None:

@@ -102,9 +102,7 @@ def check_optimizer(saved: Namespace, given: Namespace, schedule: dict[str, Any]
     Raises:
         CheckpointError: naming what differs, and the flags that allow it.
     """
-    names = ("optimizer", "use_distributed_optimizer", "dist_ckpt_optim_fully_reshardable")
-    only_distributed = saved.use_distributed_optimizer and given.use_distributed_optimizer
-    if changed := list(_differences(saved, given, names if only_distributed else names[:2])):
+    if changed := list(_differences(saved, given, ("optimizer", "use_distributed_optimizer"))):
         raise CheckpointError(
             f"the checkpoint has the state of another optimizer: {'; '.join(changed)}; accepted: the saved values, or "
             "--no-load-optim."

@@ -25,7 +25,8 @@ from torch.distributed.checkpoint.metadata import (
 from .archive import DamagedError
 from .errors import CheckpointError, NotPlainError
 from .objects import unpickle
-from .plain import INDEX_NAMES, Record
+from .plain import INDEX_NAMES
+from .standins import Record
 
 INDEX = ".metadata"
 

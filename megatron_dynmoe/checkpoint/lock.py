@@ -11,6 +11,7 @@ import errno
 import fcntl
 import os
 import socket
+import sys
 import time
 from pathlib import Path
 
@@ -42,31 +43,16 @@ def hold(folder: Path, *, wait_s: float = WAIT_S) -> str | None:
         return None
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    deadline, told = time.monotonic() + wait_s, False
-    while True:
-        try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except OSError as error:
-            if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL):
-                os.close(handle)
-                return (
-                    f"{folder} is on a file system without locks ({error.strerror}); let one run at a time write to it."
-                )
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                os.close(handle)
-                raise
-            owner = os.pread(handle, 4096, 0).decode(errors="replace").strip() or "an unknown process"
-            if time.monotonic() > deadline:
-                os.close(handle)
-                raise CheckpointError(
-                    f"--save {folder} is in use by {owner}; two runs would mix their checkpoints. End that one, or "
-                    "give another --save."
-                ) from None
-            if not told:
-                print(f"{folder} is in use by {owner}; waiting {wait_s:.0f} s for it to end.", flush=True)
-                told = True
-            time.sleep(0.2)
+    try:
+        _wait(handle, folder, wait_s)
+    except OSError as error:
+        os.close(handle)
+        if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL):
+            return f"{folder} is on a file system without locks ({error.strerror}); let one run at a time write there."
+        raise
+    except CheckpointError:
+        os.close(handle)
+        raise
     _held[path] = handle
     owner = f"process {os.getpid()} on {socket.gethostname()}, started {time.strftime('%Y-%m-%d %H:%M:%S')}"
     if job := os.environ.get("SLURM_JOB_ID"):
@@ -74,3 +60,23 @@ def hold(folder: Path, *, wait_s: float = WAIT_S) -> str | None:
     os.ftruncate(handle, 0)
     os.pwrite(handle, f"{owner}\n".encode(), 0)
     return None
+
+
+def _wait(handle: int, folder: Path, wait_s: float) -> None:
+    deadline, told = time.monotonic() + wait_s, False
+    while True:
+        try:
+            return fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+        owner = os.pread(handle, 4096, 0).decode(errors="replace").strip() or "an unknown process"
+        if time.monotonic() > deadline:
+            raise CheckpointError(
+                f"--save {folder} is in use by {owner}; two runs would mix their checkpoints. End that one, or give "
+                "another --save."
+            )
+        if not told:
+            print(f"note: {folder} is in use by {owner}; waiting {wait_s:.0f} s for it to end.", file=sys.stderr)
+            told = True
+        time.sleep(0.2)

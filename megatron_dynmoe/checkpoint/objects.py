@@ -8,7 +8,8 @@ import torch
 
 from .archive import Archive, DamagedError
 from .errors import CheckpointError, NotPlainError
-from .plain import OBJECT_NAMES, PlainTensor, PlainUnpickler, Record, Storage
+from .plain import OBJECT_NAMES, PlainUnpickler
+from .standins import PlainTensor, Record, Storage
 
 # Nested pickles deeper than this are nobody's data.
 _DEEPEST = 8
