@@ -138,7 +138,48 @@ def test_one_node_is_restarted_while_it_gets_further(tmp_path, monkeypatch, capf
     assert "starting again from iteration 3" in said and "2 restarts without a new checkpoint" in said
 
 
-# Counts to 1000 with its peers, and from the saved number on after a restart.
+def supervise(folder: Path, *command: str) -> subprocess.Popen:
+    words = [sys.executable, "-m", "megatron_dynmoe.launch", "--", *command]
+    return subprocess.Popen(words, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True)
+
+
+# torchrun's place: it has one child, the rank, and ends with its exit code.
+RANK = """python3 -c '
+import pathlib, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.5), pathlib.Path("{folder}/saved").touch(), sys.exit(0)))
+pathlib.Path("{folder}/pid").write_text(str(__import__("os").getpid()))
+time.sleep(100)'
+"""
+
+
+def wait_for(path: Path) -> str:
+    deadline = time.monotonic() + 60
+    while not (path.exists() and path.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return path.read_text()
+
+
+def test_sigterm_reaches_the_ranks_and_the_supervisor_waits_for_their_save(tmp_path):
+    node = supervise(tmp_path, script(tmp_path, "torchrun", RANK.format(folder=tmp_path) + "exit $?"))
+    wait_for(tmp_path / "pid")
+    node.terminate()
+    assert node.wait(timeout=30) == 0, node.stderr.read()
+    assert (tmp_path / "saved").exists()
+
+
+def test_torchrun_ends_with_a_killed_supervisor(tmp_path):
+    body = f"echo $$ >{tmp_path}/torchrun.pid\nsleep 100\n"
+    node = supervise(tmp_path, script(tmp_path, "torchrun", body))
+    torchrun = Path("/proc", wait_for(tmp_path / "torchrun.pid").strip(), "stat")
+    node.kill()
+    deadline = time.monotonic() + 10
+    while torchrun.exists() and torchrun.read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+# Counts with its peers, and from the saved number on after a restart.
 TRAIN = """
 import sys, time
 from pathlib import Path

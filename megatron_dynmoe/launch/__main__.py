@@ -53,6 +53,12 @@ class Child:
         self.folder.cleanup()
         return said if code else (0, "")
 
+    def tell_ranks(self, signum: int) -> None:
+        """Send a signal to torchrun's children."""
+        for pid in _children(self.process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signum)
+
     def kill(self) -> None:
         """End torchrun and everything below it, now: without its peers it has nothing to save."""
         family = [self.process.pid, *_descendants(self.process.pid)]
@@ -68,14 +74,17 @@ def _end_with_supervisor() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
-def _descendants(pid: int) -> list[int]:
-    """Process numbers of all children, theirs, and so on."""
-    found = []
+def _children(pid: int) -> list[int]:
+    found: list[int] = []
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
         with contextlib.suppress(OSError):
-            for child in map(int, task.read_text().split()):
-                found += [child, *_descendants(child)]
+            found += map(int, task.read_text().split())
     return found
+
+
+def _descendants(pid: int) -> list[int]:
+    """Process numbers of all children, theirs, and so on."""
+    return [one for child in _children(pid) for one in (child, *_descendants(child))]
 
 
 class Node:
@@ -98,10 +107,15 @@ class Node:
             time.sleep(PAUSE)
 
     def stop(self, signum: int, frame: object) -> None:
-        """SIGTERM: pass it on; the ranks save and leave, then torchrun, then this process."""
+        """SIGTERM: the ranks save and leave, then torchrun, then this process; a second signal ends them at once.
+
+        The ranks are told, not torchrun, which would kill them soon after; it may have the signal from others.
+        """
+        if self.stopping:
+            self._drop()
+        elif self.child is not None and signum == signal.SIGTERM:  # Ctrl-C reaches the whole family by itself
+            self.child.tell_ranks(signum)
         self.stopping = True
-        if self.child is not None:
-            self.child.process.send_signal(signum)
 
     def _turn(self) -> int | None:
         if self.child is not None and (ended := self.child.ended()) is not None:
@@ -109,7 +123,7 @@ class Node:
             self.beat.running, self.child = 0, None
         order = self._ask()
         if self.stopping and self.child is None:
-            return self.beat.code or 128 + signal.SIGTERM
+            return self.beat.code if self.beat.ended else 128 + signal.SIGTERM
         silent = time.monotonic() - self.answered
         if order is not None and order.what == "end":
             return self._over(order)
@@ -215,7 +229,8 @@ def main(argv: list[str] | None = None) -> int:
         limits = options.lost_after, options.give_up_after, options.restarts
         host = Host(options.nodes, *limits, lambda: saved_iteration(options.save), say)
     node = Node(options, wire, host)
-    signal.signal(signal.SIGTERM, node.stop)
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, node.stop)
     return node.run()
 
 

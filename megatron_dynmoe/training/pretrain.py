@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None, *, check_data: DataCheck | None = None) 
     host.enable()
     if under_torchrun():
         end_with_parent()
-    report_failure.watch()
+    done = report_failure.watch()
     try:
         argv = prepare_argv(sys.argv[1:] if argv is None else argv)
         sys.argv[1:] = [*host.default_flags(), *argv]
@@ -75,6 +75,8 @@ def main(argv: list[str] | None = None, *, check_data: DataCheck | None = None) 
         if isinstance(error, RuntimeError) and (sentence := nan.refused_unwatched(error)):
             return report_failure.say(sentence, outcome.NOT_A_NUMBER)
         return report_failure.say(f"{type(error).__name__}: {error}", 1, error)
+    finally:
+        done.set()
     return 0
 
 
