@@ -12,6 +12,7 @@
 #
 # Flags of your own come after and win:  examples/pretrain.sh dynamic_moe_24l --micro-batch-size 4
 # GPUS (8) is the number of GPUs of a node, TRAIN_ITERS the length of training. Several nodes: slurm.sh.
+# Ends and restarts (docs/cluster.md): RESTARTS (3), LOST_AFTER (90 s), GIVE_UP_AFTER (1800 s).
 # Without Transformer Engine: TRANSFORMER_IMPL=local, which computes the experts with torch's grouped GEMM.
 set -euo pipefail
 
@@ -77,13 +78,18 @@ files=(
     --log-interval 10 --tensorboard-dir "$SAVE/tensorboard" --moe-metrics-file "$SAVE/metrics.jsonl"
 )
 
+# A supervisor on each node starts torchrun, and starts it again from the last checkpoint when a rank fails or a node is
+# lost and comes back or has a spare in its place; docs/cluster.md says after how long.
+watch=(--save "$SAVE" --restarts "${RESTARTS:-3}" --lost-after "${LOST_AFTER:-90}" --give-up-after "${GIVE_UP_AFTER:-1800}")
 if [[ -n ${RDZV_ENDPOINT:-} ]]; then # set by the Slurm script: host:port where the nodes meet
-    nodes=(--nnodes "$NNODES" --rdzv-backend c10d --rdzv-endpoint "$RDZV_ENDPOINT" --rdzv-id "$RDZV_ID")
-else
-    nodes=(--standalone)
+    watch+=(--nodes "$NNODES" --endpoint "$RDZV_ENDPOINT" --id "$RDZV_ID")
 fi
+# torchrun (2.13 and later; 30 s before that) waits so long after SIGTERM for ranks that still save.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-110}
 
-[[ -x $here/../.venv/bin/torchrun ]] && made=$here/../.venv/bin/torchrun # the checkout's own, if `make` has built it
+bin=$here/../.venv/bin # the checkout's own, if `make` has built it
+[[ -x $bin/torchrun ]] && made=$bin/torchrun && python=$bin/python
 export PYTHONPATH="$here/..${PYTHONPATH:+:$PYTHONPATH}"
-exec "${TORCHRUN:-${made:-torchrun}}" "${nodes[@]}" --nproc-per-node "${GPUS:-8}" "$here/pretrain_dynmoe.py" \
+exec "${python:-python3}" -m megatron_dynmoe.launch "${watch[@]}" -- "${TORCHRUN:-${made:-torchrun}}" \
+    --nproc-per-node "${GPUS:-8}" "$here/pretrain_dynmoe.py" \
     "${model[@]}" "${training[@]}" "${layout[@]}" "${files[@]}" "$@"

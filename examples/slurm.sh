@@ -6,6 +6,9 @@
 # One task a node runs pretrain.sh; the nodes meet at the first of them (c10d). Two minutes before the time is up, or
 # when the job is preempted, Slurm sends SIGTERM to every process: the ranks finish their iteration, save and exit. The
 # job then queues itself again, and resumes from SAVE, as long as it got further than the time before.
+# A node that is lost for LOST_AFTER seconds (90) ends training on all nodes; after GIVE_UP_AFTER (300) without it the
+# job queues itself again likewise, and Slurm gives it nodes that work. Without progress it does so once in a row, and
+# never after a refusal or NaN, which would only come again.
 # Partition, account and container are your cluster's: give them to sbatch.
 #SBATCH --job-name=pretrain
 #SBATCH --nodes=2
@@ -15,6 +18,7 @@
 #SBATCH --time=24:00:00
 #SBATCH --signal=TERM@120
 #SBATCH --requeue
+#SBATCH --no-kill
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 set -euo pipefail
@@ -38,19 +42,28 @@ export NNODES=$SLURM_JOB_NUM_NODES
 read -r first_node < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export RDZV_ENDPOINT=$first_node:$((20000 + SLURM_JOB_ID % 10000))
 export RDZV_ID=$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0} # a requeued job must not find the one before it
-# torchrun kills ranks 30 s after SIGTERM unless told to wait; leave them what Slurm leaves.
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-110}
+export GIVE_UP_AFTER=${GIVE_UP_AFTER:-300} # a node that stays away is Slurm's to replace
 
 before=$(saved) code=0
-# torchrun ends with an error after SIGTERM, also when its ranks saved and left in good order.
-srun --kill-on-bad-exit=1 bash examples/pretrain.sh "$@" || code=$?
+# The supervisors agree on one exit code, and end by themselves when a node is gone; --no-kill lets them do so.
+srun --no-kill bash examples/pretrain.sh "$@" || code=$?
 after=$(saved)
 
+stuck=$SAVE/.requeued_without_progress
 if ((after >= TRAIN_ITERS)); then
+    rm -f "$stuck"
     echo "finished: $after of $TRAIN_ITERS iterations, saved in $SAVE"
+elif ((code == 2 || code == 17)); then
+    refuse "stopped at iteration $after of $TRAIN_ITERS with exit code $code, which would come again; not queueing again."
 elif ((after > before)); then
+    rm -f "$stuck"
     echo "saved at iteration $after of $TRAIN_ITERS; queueing again"
     scontrol requeue "$SLURM_JOB_ID"
+elif [[ ! -e $stuck ]]; then
+    mkdir -p "$SAVE" && touch "$stuck"
+    echo "stopped at iteration $after of $TRAIN_ITERS with no new checkpoint (exit code $code); queueing again, once"
+    scontrol requeue "$SLURM_JOB_ID"
 else
-    refuse "stopped at iteration $after of $TRAIN_ITERS with no new checkpoint (exit code $code); not queueing again."
+    rm -f "$stuck"
+    refuse "stopped at iteration $after of $TRAIN_ITERS with no new checkpoint (exit code $code) again; not queueing again."
 fi

@@ -78,10 +78,11 @@ exit "${STUB_CODE:-0}"
 """
 SRUN = """#!/bin/bash
 while [[ $1 == --* ]]; do shift; done
-exec "$@"
+"$@" & "$@"; code=$?
+wait $! && exit $code
 """
 SCONTROL = """#!/bin/bash
-[ "$1" = show ] && printf 'node7\\nnode8\\n' || echo "$@" >>"$STUB/scontrol.calls"
+[ "$1" = show ] && printf '127.0.0.1\\nnode8\\n' || echo "$@" >>"$STUB/scontrol.calls"
 """
 
 
@@ -100,6 +101,7 @@ def run(script: str, stub: Path, *flags: str, **environment: str) -> subprocess.
     given = {
         "STUB": str(stub),
         "TORCHRUN": str(stub / "torchrun"),
+        "RESTARTS": "0",
         "PATH": f"{stub}:{os.environ['PATH']}",
     } | environment
     command = ["bash", str(EXAMPLES / script), *flags]
@@ -273,7 +275,7 @@ def test_slurm_nodes_meet_at_the_first(stub):
     assert done.returncode == 0, done.stderr
     own, flags = torchrun_args(stub)
     assert contains(own, ["--nnodes", "2"]) and contains(own, ["--rdzv-backend", "c10d"])
-    assert contains(own, ["--rdzv-endpoint", "node7:23456"]) and contains(own, ["--rdzv-id", "123456-0"])
+    assert contains(own, ["--rdzv-endpoint", "127.0.0.1:23456"]) and contains(own, ["--rdzv-id", "123456-0-1"])
     assert contains(flags, ["--moe-preset", "dynmoe"]) and contains(flags, ["--train-iters", "100"])
     assert "finished: 100 of 100" in done.stdout and not requeued(stub)
 
@@ -285,12 +287,22 @@ def test_slurm_queues_again_after_progress(stub):
     assert "saved at iteration 40 of 100" in done.stdout and requeued(stub)
 
 
-def test_slurm_stops_without_progress(stub):
-    assert slurm(stub, STUB_SAVES="40").returncode == 0
+def test_slurm_queues_again_once_without_progress(stub):
+    # a node that was lost before the first checkpoint deserves another try, a crash that comes again does not
+    done = slurm(stub, STUB_CODE="1")
+    assert done.returncode == 0 and requeued(stub)
+    assert "no new checkpoint (exit code 1); queueing again, once" in done.stdout
     (stub / "scontrol.calls").unlink()
-    done = slurm(stub, STUB_SAVES="40", STUB_CODE="1")  # it crashes before the next checkpoint
+    done = slurm(stub, STUB_CODE="1")
     assert done.returncode == 2 and not requeued(stub)
-    assert "no new checkpoint (exit code 1)" in done.stderr and done.stderr.count("\n") == 1
+    assert "slurm.sh: stopped at iteration 0 of 100 with no new checkpoint (exit code 1) again" in done.stderr
+
+
+@pytest.mark.parametrize("code", [2, 17])
+def test_slurm_stops_at_what_would_come_again(stub, code):
+    done = slurm(stub, STUB_SAVES="40", STUB_CODE=str(code))
+    assert done.returncode == 2 and not requeued(stub)
+    assert f"with exit code {code}, which would come again" in done.stderr
 
 
 def test_laptop_trains(stub):

@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None, *, check_data: DataCheck | None = None) 
     host.enable()
     if under_torchrun():
         end_with_parent()
-    report_failure.watch()
+    done = report_failure.watch()
     try:
         args, dynmoe, resumed = read_flags(sys.argv[1:] if argv is None else argv)
         if check_data is not None:
@@ -61,6 +61,8 @@ def main(argv: list[str] | None = None, *, check_data: DataCheck | None = None) 
         run(args, dynmoe)
     except Exception as error:
         return report_failure.say(*describe(error))
+    finally:
+        done.set()
     return 0
 
 

@@ -27,16 +27,23 @@ from megatron_dynmoe.launch import outcome
 
 # How long one that only lost its peers lets the one that failed speak first.
 PATIENCE = 2.0
+SECONDS_BETWEEN_LOOKS = 1.0
 # What gloo and NCCL say when a peer has gone.
 LOST_PEER = ("connection closed by peer", "connection reset by peer", "timed out", "broken pipe", "nccl", "gloo")
 
 _KEY = "megatron_dynmoe/failure"
 
 
-def watch() -> None:
-    """Wait, in a thread, for another rank's failure; this process then ends with that rank's exit code."""
+def watch() -> threading.Event:
+    """Look, in a thread, for another rank's failure; this process then ends with that rank's exit code.
+
+    Returns:
+        set it when this rank is done.
+    """
+    done = threading.Event()
     if _world() > 1 and "MASTER_PORT" in os.environ:
-        threading.Thread(target=_wait_and_end, name="failure-watch", daemon=True).start()
+        threading.Thread(target=_watch, args=(done,), name="failure-watch", daemon=True).start()
+    return done
 
 
 def say(sentence: str, code: int = 2, error: BaseException | None = None) -> int:
@@ -63,25 +70,32 @@ def say(sentence: str, code: int = 2, error: BaseException | None = None) -> int
     return _end(first)
 
 
-def _wait_and_end() -> None:
-    with contextlib.suppress(DistError):  # whoever kept the store is gone; its end is told by others
-        store = _connect(patient=True)
-        while store is not None:
-            with contextlib.suppress(torch.distributed.DistStoreError):  # that hour is over
-                store.wait([_KEY], timedelta(hours=1))
+def _watch(done: threading.Event) -> None:
+    store = None
+    # Not one long wait in the store: a thread that wakes from it while the interpreter shuts down aborts the process.
+    while not done.wait(SECONDS_BETWEEN_LOOKS):
+        try:
+            store = store or _connect()
+            if store is not None and store.check([_KEY]):
                 first = json.loads(store.get(_KEY))
-                if first["rank"] != _rank():
-                    if first["host"] != socket.gethostname() and os.environ.get("LOCAL_RANK") == "0":
-                        print(f"error: {_from(first)}{first['sentence']}", file=sys.stderr, flush=True)
-                    time.sleep(PATIENCE)  # time to say what is wrong here too
-                    _end(first, leave=True)
-                return
+                break
+        except DistError:  # the link is cut, or whoever kept the store is gone
+            store = None
+    else:
+        return
+    if first["rank"] == _rank():
+        return
+    if first["host"] != socket.gethostname() and os.environ.get("LOCAL_RANK") == "0":
+        print(f"error: {_from(first)}{first['sentence']}", file=sys.stderr, flush=True)
+    time.sleep(PATIENCE)  # time to say what is wrong here too
+    if not done.is_set():
+        _end(first, leave=True)
 
 
 def _claim(mine: dict) -> dict:
     """The failure that counts: this rank's own, or that of a rank that came before."""
     with contextlib.suppress(DistError):
-        store = _connect(patient=False)
+        store = _connect()
         if store is not None:
             if store.add(f"{_KEY}/count", 1) > 1:
                 store.wait([_KEY], timedelta(seconds=PATIENCE))
@@ -92,18 +106,15 @@ def _claim(mine: dict) -> dict:
     return mine
 
 
-def _connect(*, patient: bool) -> TCPStore | None:
+def _connect() -> TCPStore | None:
     """A connection of one's own to the job's store, None where there is none."""
     if _world() == 1 or "MASTER_PORT" not in os.environ:
         return None
     address = os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ["MASTER_PORT"])
-    while True:
-        # a plain socket first: the store's own attempts fill the log
-        with contextlib.suppress(OSError), socket.create_connection(address, timeout=5):
-            return TCPStore(*address, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=30))
-        if not patient:
-            return None
-        time.sleep(0.5)
+    # a plain socket first: the store's own attempts fill the log
+    with contextlib.suppress(OSError), socket.create_connection(address, timeout=5):
+        return TCPStore(*address, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=30))
+    return None
 
 
 def _end(first: dict, *, leave: bool = False) -> int:
