@@ -99,6 +99,7 @@ def things(marker: Path) -> dict[str, Any]:
         "codec": Call(__import__("_codecs").encode, "x", "rot13"),
         "subprocess": Call(__import__("subprocess").getoutput, touch),
         "unpickler": Call(pickle.loads, pickled(system)),
+        "bytes without end": Call(bytes, 1 << 33),
         "fake megatron": Named("megatron.core.enums", "os"),
         "dotted": Named("argparse", "Namespace.__init__"),
     }

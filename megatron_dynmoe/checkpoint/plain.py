@@ -31,6 +31,7 @@ from .standins import (
     Parameter,
     PlainNamespace,
     PlainTensor,
+    RawBytes,
     Record,
     Sealed,
     Size,
@@ -51,8 +52,8 @@ _CONTAINERS: dict[tuple[str, str], Any] = {
         "float": float,
         "bool": bool,
         "str": str,
-        "bytes": bytes,
-        "bytearray": bytearray,
+        "bytes": RawBytes,
+        "bytearray": RawBytes,
         "complex": complex,
     }.items()
 } | {("collections", "OrderedDict"): collections.OrderedDict, ("torch", "Size"): Size}

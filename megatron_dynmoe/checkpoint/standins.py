@@ -110,6 +110,15 @@ class Generator(Record):
         self.state = state
 
 
+class RawBytes(Record):
+    """`bytes` and `bytearray` of bytes; of a number they would fill the memory."""
+
+    def __new__(cls, raw: Any = b"") -> bytes:  # type: ignore[misc]
+        if type(raw) is not bytes:
+            raise NotPlainError("makes bytes of something else than bytes")
+        return raw
+
+
 class Codec(Record):
     """Bytes in a pickle of protocol 2."""
 
