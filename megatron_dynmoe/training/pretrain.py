@@ -47,7 +47,8 @@ def main(argv: list[str] | None = None, *, check_data: DataCheck | None = None) 
         check_data: checks each indexed dataset before training starts.
 
     Returns:
-        exit code: 0, or 2 after one sentence on what cannot work.
+        exit code: 0, or after one sentence 2 for what cannot work, 17 for NaN, 1 for everything else. Where other ranks
+        wait for this one the process ends instead.
     """
     host.enable()
     if under_torchrun():
