@@ -45,7 +45,8 @@ def main(argv: list[str] | None = None, *, check_data: DataCheck | None = None) 
         check_data: checks each indexed dataset before training starts.
 
     Returns:
-        exit code: 0, 2 after one sentence on what cannot work, or 1 after a sentence and a traceback.
+        exit code: 0; after one sentence 2 for what cannot work, 17 for NaN; 1 for everything else, after a sentence and
+        a traceback. Where other ranks wait for this one the process ends instead.
     """
     host.enable()
     if under_torchrun():
