@@ -72,7 +72,7 @@ SCHEDULE = {
 
 # Writes its arguments, one a line, and the checkpoint that the test wants a training to leave.
 TORCHRUN = """#!/bin/bash
-printf '%s\\n' "$@" >"$STUB/torchrun.args"
+printf '%s\\n' "$@" >"$STUB/torchrun.$$" && mv "$STUB/torchrun.$$" "$STUB/torchrun.args" # two nodes write it
 [ -z "$STUB_SAVES" ] || { mkdir -p "$SAVE"; echo "$STUB_SAVES" >"$SAVE/latest_checkpointed_iteration.txt"; }
 exit "${STUB_CODE:-0}"
 """

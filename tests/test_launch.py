@@ -160,11 +160,13 @@ def wait_for(path: Path) -> str:
     return path.read_text()
 
 
-def test_sigterm_reaches_the_ranks_and_the_supervisor_waits_for_their_save(tmp_path):
-    node = supervise(tmp_path, script(tmp_path, "torchrun", RANK.format(folder=tmp_path) + "exit $?"))
+# torchrun waits five minutes for other nodes' ranks, which may have been ended otherwise
+@pytest.mark.parametrize(("then", "code"), [("exit $?", 0), ("exec python3 -c 'import time; time.sleep(100)'", 143)])
+def test_sigterm_reaches_the_ranks_and_the_supervisor_waits_for_their_save(tmp_path, then, code):
+    node = supervise(tmp_path, script(tmp_path, "torchrun", RANK.format(folder=tmp_path) + then))
     wait_for(tmp_path / "pid")
     node.terminate()
-    assert node.wait(timeout=30) == 0, node.stderr.read()
+    assert node.wait(timeout=30) == code, node.stderr.read()
     assert (tmp_path / "saved").exists()
 
 

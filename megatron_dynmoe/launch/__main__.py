@@ -26,6 +26,7 @@ from megatron_dynmoe.launch import outcome
 from megatron_dynmoe.launch.meeting import Beat, Host, Order, Wire
 
 PAUSE = 0.5  # seconds between beats
+BARRIER = 5.0  # seconds for torchrun to leave after its ranks when it has to end; it would wait 300 for other nodes
 LINGER = 3.0  # seconds for which a host that ends repeats its last word
 
 
@@ -95,6 +96,7 @@ class Node:
         self.beat = Beat(node=uuid.uuid4().hex, name=socket.gethostname())
         self.child: Child | None = None
         self.stopping = False
+        self.child_had_ranks = 0.0  # when, looked at while stopping
         self.alone = False  # the host is out of reach
         self.answered = time.monotonic()
 
@@ -115,15 +117,19 @@ class Node:
             self._drop()
         elif self.child is not None and signum == signal.SIGTERM:  # Ctrl-C reaches the whole family by itself
             self.child.tell_ranks(signum)
-        self.stopping = True
+        self.stopping, self.child_had_ranks = True, time.monotonic()
 
     def _turn(self) -> int | None:
         if self.child is not None and (ended := self.child.ended()) is not None:
             self.beat.ended, (self.beat.code, self.beat.said) = self.child.generation, ended
             self.beat.running, self.child = 0, None
+        if self.stopping and self.child is not None:
+            self.child_had_ranks = time.monotonic() if _children(self.child.process.pid) else self.child_had_ranks
+            if time.monotonic() - self.child_had_ranks > BARRIER:
+                self._drop()
         order = self._ask()
         if self.stopping and self.child is None:
-            return self.beat.code if self.beat.ended else 128 + signal.SIGTERM
+            return self.beat.code if self.beat.ended == self.beat.seen else 128 + signal.SIGTERM
         silent = time.monotonic() - self.answered
         if order is not None and order.what == "end":
             return self._over(order)
