@@ -49,11 +49,11 @@ def test_a_window_that_never_ends(tmp_path):
 
 
 NONSENSE = [
-    ("--moe-layer-freq 0", "--moe-layer-freq is 0; accepted: a whole number of at least 1"),
+    ("--moe-layer-freq 0", "--moe-layer-freq is 0; accepted: a number of at least 1"),
     ("--moe-layer-freq -1", "--moe-layer-freq is -1; accepted"),
-    ("--moe-layer-freq [1,0]", "--moe-layer-freq is [1, 0]; accepted: .* of --num-layers 4"),
+    ("--moe-layer-freq [1,0]", "--moe-layer-freq is [1, 0]; accepted: a list of as many numbers as --num-layers 4"),
     ("--moe-layer-freq [1,2,0,1]", "--moe-layer-freq is [1, 2, 0, 1]; accepted"),
-    ("--log-interval 0", "--log-interval is 0; accepted: a whole number of at least 1"),
+    ("--log-interval 0", "--log-interval is 0; accepted: a number of at least 1"),
     ("--log-interval -3", "--log-interval is -3; accepted"),
     ("--eval-interval 0", "--eval-interval is 0; accepted"),
     ("--tensorboard-log-interval 0", "--tensorboard-log-interval is 0; accepted"),

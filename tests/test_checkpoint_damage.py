@@ -100,8 +100,10 @@ def test_a_rank_that_finds_damage_ends_all_and_says_so(tmp_path: Path, trained: 
     damaged_weight(save)
     run = ranks.start(ranks.pretrain, flags("dp2", *where(save, 2)), ranks=2, folder=tmp_path / "run")
     assert run.wait() == [2, 2]
-    said = run.output()
-    assert "rank 1 on " in said and "__1_0.distcp" in said and "has a wrong checksum of data/0" in said
+    said = run.output(0) + run.output(1)
+    (sentence,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert sentence.startswith("error: rank 1 on ") and sentence.count("rank ") == 1
+    assert "__1_0.distcp" in sentence and "has a wrong checksum of data/0" in sentence
     assert "Traceback" not in said and not (save / "iter_0000002").exists()
     unchecked = flags("dp2", *where(save, 2), "--no-moe-verify-checkpoint")
     run = ranks.call(ranks.pretrain, unchecked, ranks=2, folder=tmp_path / "unchecked")

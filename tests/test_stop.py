@@ -25,12 +25,12 @@ def evaluating(argv, slow: str | None = None) -> int:
     """Train; say when evaluation or the building of datasets begins."""
     from megatron_dynmoe.training import datasets, pretrain
 
-    step, config = pretrain.forward_step, datasets._dataset_config
+    step, config = pretrain.forward_step, datasets.dataset_config
 
-    def told_step(data, model, **kwargs):
+    def told_step(data, model, *args, **kwargs):
         if not model.training:
             print("EVALUATING", flush=True)
-        return step(data, model, **kwargs)
+        return step(data, model, *args, **kwargs)
 
     def told_config(args):
         if slow == "datasets":
@@ -38,7 +38,7 @@ def evaluating(argv, slow: str | None = None) -> int:
             time.sleep(600)
         return config(args)
 
-    pretrain.forward_step, datasets._dataset_config = told_step, told_config
+    pretrain.forward_step, datasets.dataset_config = told_step, told_config
     return ranks.pretrain(argv)
 
 

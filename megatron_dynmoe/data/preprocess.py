@@ -124,8 +124,8 @@ def _write(
 
 
 def _new_builder(path: Path, summary: Summary):
-    with warnings.catch_warnings():  # about packages that only training would use
-        warnings.simplefilter("ignore")
+    with signals_held_back(sigterm_ends=True), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about packages that only training would use
         from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
     dtype = DType.optimal_dtype(summary.vocab_size)

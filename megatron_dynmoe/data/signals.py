@@ -3,6 +3,7 @@
 Python sets signal handlers in the main thread only; in another one these contexts do nothing.
 """
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -21,15 +22,22 @@ def sigterm_unwinds() -> Iterator[None]:
 
 
 @contextmanager
-def signals_held_back() -> Iterator[None]:
-    """Ctrl-C and SIGTERM wait until the block is over: for the few renames that must happen together."""
+def signals_held_back(*, sigterm_ends: bool = False) -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait until the block is over: for the few renames that must happen together.
+
+    sigterm_ends: SIGTERM ends the process at once, as it does by default; for a block of seconds before which nothing
+    was written, and in which a handler must not raise: compiled modules that are being imported abort the process then.
+    """
     received = []
 
     def remember(signum, frame):
         received.append(signum)
 
+    def end(signum, frame):
+        os._exit(128 + signum)
+
     # handlers and not a signal mask, which holds for one thread: another would take the signal
-    with _handlers({signal.SIGINT: remember, signal.SIGTERM: remember}):
+    with _handlers({signal.SIGINT: remember, signal.SIGTERM: end if sigterm_ends else remember}):
         yield
     for signum in received[:1]:
         signal.raise_signal(signum)

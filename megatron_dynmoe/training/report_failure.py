@@ -13,6 +13,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import re
 import socket
 import sys
 import threading
@@ -129,6 +130,8 @@ def _end(first: dict, *, leave: bool = False) -> int:
 
 
 def _from(failure: dict) -> str:
+    if re.match(r"rank \d+ on ", failure["sentence"]):  # what another rank found and told this one
+        return ""
     return f"rank {failure['rank']} on {failure['host']}: " if _world() > 1 else ""
 
 
