@@ -88,6 +88,8 @@ def test_twenty_interruptions_at_random_moments(command, tmp_path):
         # The earliest meet an interpreter that has not come to the tool's first line.
         assert child.returncode in (130, 143, -signum, 1), output
         assert list(tmp_path.iterdir()) == [], output
+        # what the workers do about it is their parent's to say
+        assert "spawn_main" not in output and "workers.py" not in output, output
 
 
 def test_a_worker_killed_while_it_writes(command, tmp_path):

@@ -19,7 +19,7 @@ from megatron_dynmoe.data.encode import BadLine, EncodedBatch, EncodeJob, encode
 from megatron_dynmoe.data.errors import DataError
 from megatron_dynmoe.data.indexed import file_sha256
 from megatron_dynmoe.data.shards import expand_inputs, read_batches
-from megatron_dynmoe.data.signals import signals_held_back, sigterm_unwinds
+from megatron_dynmoe.data.signals import signals_end_at_once, signals_held_back, sigterm_unwinds
 from megatron_dynmoe.data.tokenizers import TokenizerFile
 
 MAX_REPORTED_BAD_LINES = 20
@@ -124,7 +124,7 @@ def _write(
 
 
 def _new_builder(path: Path, summary: Summary):
-    with signals_held_back(sigterm_ends=True), warnings.catch_warnings():
+    with signals_end_at_once("interrupted: nothing was written"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about packages that only training would use
         from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 

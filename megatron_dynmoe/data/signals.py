@@ -5,6 +5,7 @@ Python sets signal handlers in the main thread only; in another one these contex
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,25 +23,38 @@ def sigterm_unwinds() -> Iterator[None]:
 
 
 @contextmanager
-def signals_held_back(*, sigterm_ends: bool = False) -> Iterator[None]:
-    """Ctrl-C and SIGTERM wait until the block is over: for the few renames that must happen together.
-
-    sigterm_ends: SIGTERM ends the process at once, as it does by default; for a block of seconds before which nothing
-    was written, and in which a handler must not raise: compiled modules that are being imported abort the process then.
-    """
+def signals_held_back() -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait until the block is over: for the few renames that must happen together."""
     received = []
 
     def remember(signum, frame):
         received.append(signum)
 
-    def end(signum, frame):
-        os._exit(128 + signum)
-
     # handlers and not a signal mask, which holds for one thread: another would take the signal
-    with _handlers({signal.SIGINT: remember, signal.SIGTERM: end if sigterm_ends else remember}):
+    with _handlers({signal.SIGINT: remember, signal.SIGTERM: remember}):
         yield
     for signum in received[:1]:
         signal.raise_signal(signum)
+
+
+@contextmanager
+def signals_end_at_once(words: str) -> Iterator[None]:
+    """Within the block Ctrl-C and SIGTERM print ``words`` and end the process, with 130 or 143.
+
+    For imports of many seconds before anything is written: compiled modules abort the process when a handler raises
+    while they are imported. In an interactive Python, which must live on, the signals wait.
+    """
+    if hasattr(sys, "ps1") or "ipykernel" in sys.modules:
+        with signals_held_back():
+            yield
+        return
+
+    def end(signum, frame):
+        os.write(2, f"\n{words}\n".encode())
+        os._exit(128 + signum)
+
+    with _handlers({signal.SIGINT: end, signal.SIGTERM: end}):
+        yield
 
 
 @contextmanager

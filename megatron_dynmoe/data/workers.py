@@ -14,6 +14,7 @@ import threading
 import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -99,6 +100,7 @@ def _signals_wait() -> Iterator[None]:
 
     Ctrl-C goes to the whole process group. The workers inherit the mask and never see it: their parent ends them.
     """
+    resource_tracker.ensure_running()  # which each start of a process does, and unblocks the signals after it
     with signals_held_back():
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
