@@ -8,7 +8,8 @@ same program trains on gloo ranks, in float32 or bfloat16; loop, layouts and che
     host.enable()                         # first thing in the program
     sys.argv[1:1] = host.default_flags()  # what megatron must be told on such a machine; the user's flags follow
 
-Where CUDA is, ``enable()`` touches nothing but ``compile_helpers`` and ``mixed groups``. What is redirected, and why:
+Where CUDA is, ``enable()`` touches nothing but ``compile_helpers``, ``mixed groups`` and ``restarts``.
+What is redirected, and why:
 
 claim
     ``torch.cuda.is_available``, ``torch.cuda.device_count``, ``Tensor.is_cuda`` and ``Tensor.type`` speak of CUDA *to
@@ -40,6 +41,9 @@ compile_helpers
 mixed groups
     On **every** machine: megatron's mixed-precision optimizers mistake one parameter for another where a group has
     float32 parameters beside 16-bit ones, as with DynMoE's gate and ``--bf16``: see ``host/mixed_groups.py``.
+restarts
+    On **every** machine: ranks that torchrun has restarted read the addresses of those before: see
+    ``host/restarts.py``.
 
 Limits: a process that is spawned, not forked, has to call ``enable()`` itself; context parallelism needs Transformer
 Engine's attention; gloo has no uneven all-gather (``dispatch/moves.py`` says one as an all-to-all); the stock local
@@ -59,6 +63,7 @@ from megatron_dynmoe.host.helpers import skip_compile_helpers
 from megatron_dynmoe.host.memory import redirect_memory
 from megatron_dynmoe.host.mixed_groups import mend_mixed_groups
 from megatron_dynmoe.host.optimizer import redirect_optimizer
+from megatron_dynmoe.host.restarts import keys_for_each_restart
 from megatron_dynmoe.host.streams import redirect_streams
 
 # The true answer, taken before anything is redirected.
@@ -80,6 +85,7 @@ def enable() -> bool:
     if _undo is None:
         with ExitStack() as undo:
             skip_compile_helpers(undo)
+            keys_for_each_restart(undo)
             mend_mixed_groups(undo)  # before the redirection, which builds on it
             if not _cuda_is_available():
                 _redirect(undo)

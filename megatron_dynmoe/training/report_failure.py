@@ -32,7 +32,8 @@ SECONDS_BETWEEN_LOOKS = 1.0
 # What gloo and NCCL say when a peer has gone.
 LOST_PEER = ("connection closed by peer", "connection reset by peer", "timed out", "broken pipe", "nccl", "gloo")
 
-_KEY = "megatron_dynmoe/failure"
+# torchrun may keep one store over its restarts, and a restart must not end by the failure before it.
+_KEY = f"megatron_dynmoe/failure/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 
 def watch() -> threading.Event:

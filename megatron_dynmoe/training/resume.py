@@ -192,7 +192,8 @@ def _agree(args: Namespace, rank: int, ranks: int, folder: str, error: str | Non
     if _store is None:
         limit = timedelta(minutes=args.distributed_timeout_minutes)
         _store, *_ = next(iter(dist.rendezvous("env://", rank, ranks, timeout=limit)))
-    store = dist.PrefixStore("resume", _store)
+    # torchrun may keep one store over its restarts; what the ranks found before a restart says nothing of this one
+    store = dist.PrefixStore(f"resume/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", _store)
     where = f"rank {rank} on {socket.gethostname()}"
     store.set(f"{rank}", json.dumps([where, folder]))
     if error is not None:
