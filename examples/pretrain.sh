@@ -44,19 +44,49 @@ else
 fi
 impl=${TRANSFORMER_IMPL:-transformer_engine}
 case $impl in
-    transformer_engine) kernels=(--moe-grouped-gemm --moe-permute-fusion --cross-entropy-loss-fusion) ;;
-    local) kernels=(--no-persist-layer-norm --no-gradient-accumulation-fusion --no-rope-fusion) ;;
+    # causal attention of Transformer Engine reads no mask, of which the data loader would make 32 MB a micro-batch
+    transformer_engine)
+        kernels=(--moe-grouped-gemm --moe-permute-fusion --cross-entropy-loss-fusion)
+        kernels+=(--no-create-attention-mask-in-dataloader)
+        ;;
+    local)
+        kernels=(--no-persist-layer-norm --no-gradient-accumulation-fusion --no-rope-fusion)
+        kernels+=(--no-masked-softmax-fusion)
+        ;;
     *) refuse "TRANSFORMER_IMPL is $impl; accepted: transformer_engine or local." ;;
 esac
 
 # The model and its routing: one flag a line, comments with #.
 mapfile -t model < <(sed 's/#.*//' "$model_file" | xargs -n 1)
 
+own() { # the value of flag $1 among the flags of your own or of the model, else $2
+    local found=$2 before='' word
+    for word in "${model[@]}" "${mine[@]}"; do
+        [[ $before != "$1" ]] || found=$word
+        [[ $word != "$1="* ]] || found=${word#*=}
+        before=$word
+    done
+    echo "$found"
+}
+mine=("$@")
+tensor=$(own --tensor-model-parallel-size 1) context=$(own --context-parallel-size 1)
+# Megatron wants one queue on GPUs before Blackwell, so that communication is launched in the order of the program.
+((tensor * context == 1)) || export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
+
+# At most 8 sequences a GPU at a time, fewer where the GPUs are so many that they share a step's sequences.
+replicas=$((${GPUS:-8} * ${NNODES:-1} / (tensor * context * $(own --pipeline-model-parallel-size 1))))
+batch=$(own --global-batch-size 512)
+for micro in 8 4 2 1; do
+    ((replicas * micro > batch || batch % (replicas * micro))) || break
+done
+((replicas > 0 && batch % (replicas * micro) == 0)) || refuse "--global-batch-size is $batch, which $replicas data-parallel \
+replicas do not divide; give a multiple of their number."
+
 # 100B tokens, as in the Dynamic MoE paper. The rest of this list is our choice: 512 sequences of 2048 are 2^20 tokens a
 # step, so 95368 steps; rates as usual for LLaMA models of this size.
 iterations=${TRAIN_ITERS:-95368}
 training=(
-    --micro-batch-size 8 --global-batch-size 512 --train-iters "$iterations"
+    --micro-batch-size "$micro" --global-batch-size "$batch" --train-iters "$iterations"
     --lr 3e-4 --min-lr 3e-5 --lr-decay-style cosine --lr-warmup-iters $((iterations / 50))
     --weight-decay 0.1 --adam-beta1 0.9 --adam-beta2 0.95 --clip-grad 1.0
     --eval-interval 1000 --eval-iters 20 --seed 1234

@@ -192,6 +192,50 @@ def test_megatron_accepts_the_models_flags(stub, model, impl):
     ranks.call(parse_for_eight_gpus, *given, ranks=1, folder=stub / "parse")
 
 
+def parse_for_many_gpus(commands: list[tuple[int, str, list[str]]]) -> None:
+    """In a rank: Megatron's parser and its checks accept each command line on so many ranks."""
+    import sys
+
+    from megatron.training.arguments import parse_args, validate_args
+
+    from megatron_dynmoe.training.arguments import add_dynmoe_args, prepare_argv
+
+    for gpus, model, argv in commands:
+        print(gpus, model, flush=True)
+        os.environ["WORLD_SIZE"] = str(gpus)
+        sys.argv[1:] = prepare_argv(argv)
+        args = parse_args(add_dynmoe_args)
+        validate_args(args)
+        assert args.global_batch_size == 512
+        assert args.micro_batch_size == min(8, 512 // args.data_parallel_size), (gpus, model)
+
+
+def test_the_micro_batch_fits_the_number_of_gpus(stub):
+    commands = []
+    for nodes, layout in ((1, []), (2, []), (8, []), (32, []), (64, []), (32, ["--tensor-model-parallel-size", "2"])):
+        for model in MODELS if nodes in (1, 32) else MODELS[:1]:
+            done = run("pretrain.sh", stub, model, *layout, NNODES=str(nodes), **settings(stub))
+            assert done.returncode == 0, done.stderr
+            sequence = ["--sequence-parallel"] if layout else []
+            commands.append((8 * nodes, model, [*torchrun_args(stub)[1], *sequence]))
+    ranks.call(parse_for_many_gpus, commands, ranks=1, folder=stub / "parse")
+
+
+def test_gpus_that_cannot_share_a_step_are_refused(stub):
+    done = run("pretrain.sh", stub, MODELS[0], NNODES="128", **settings(stub))
+    assert done.returncode == 2 and "--global-batch-size is 512, which 1024 data-parallel replicas" in done.stderr
+    more = run("pretrain.sh", stub, MODELS[0], "--global-batch-size", "2048", NNODES="128", **settings(stub))
+    assert more.returncode == 0 and contains(torchrun_args(stub)[1], ["--micro-batch-size", "2"])
+
+
+@pytest.mark.parametrize("flag", ["--tensor-model-parallel-size", "--context-parallel-size"])
+def test_tensor_and_context_parallelism_have_one_queue(stub, flag):
+    asking = TORCHRUN.replace("exit", 'echo "queues ${CUDA_DEVICE_MAX_CONNECTIONS:-}"\nexit')
+    (stub / "torchrun").write_text(asking)
+    said = {n: run("pretrain.sh", stub, MODELS[0], flag, n, **settings(stub)).stdout.strip() for n in ("1", "2")}
+    assert said == {"1": "queues", "2": "queues 1"}
+
+
 def schedule_of(model: str) -> tuple[dict[str, str], list[str]]:
     """The command in a model file's comment: its environment, and the flags after the model's name."""
     lines = (EXAMPLES / "models" / f"{model}.args").read_text(encoding="utf-8").splitlines()

@@ -127,11 +127,13 @@ def default_flags() -> list[str]:
     """Flags megatron's parser needs on this machine. They belong before the user's own, which then win.
 
     Without Transformer Engine, megatron's own implementations, and none of the kernels that apex and CUDA extensions
-    bring; without CUDA, gloo as well. ``[]`` where Transformer Engine is.
+    bring; without CUDA, gloo as well. With Transformer Engine only what apex alone brings is left out: unless told
+    otherwise, megatron's output layer accumulates its gradient with apex' kernel, and is not built without it.
     """
     flags = [] if _cuda_is_available() else ["--distributed-backend", "gloo"]
     if _cuda_is_available() and importlib.util.find_spec("transformer_engine") is not None:
-        return flags
+        apex = importlib.util.find_spec("fused_weight_gradient_mlp_cuda")
+        return flags if apex else [*flags, "--no-gradient-accumulation-fusion"]
     return [
         *flags,
         *("--transformer-impl", "local"),
