@@ -91,3 +91,25 @@ def test_a_rank_that_was_killed(tmp_path):
     said = errors(run)
     assert len(said) == 1 and "a collective lost a rank" in said[0], run.output(0)[-2000:]
     assert "Traceback" not in run.output(0)
+
+
+def on_a_full_disk(argv) -> int:
+    """Train where no file can grow beyond 200 kB; the checkpoint is larger, the log is not."""
+    import resource
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))
+    return ranks.pretrain(argv)
+
+
+@pytest.mark.parametrize("layout", ["serial", "dp2"])
+def test_a_disk_that_is_full_while_a_checkpoint_is_written(tmp_path, layout):
+    save = tmp_path / "save"
+    argv = flags(layout, "--save", str(save), "--save-interval", "2", "--train-iters", "4")
+    run = ranks.start(on_a_full_disk, argv, ranks=1 if layout == "serial" else 2, folder=tmp_path / "run")
+    assert set(run.wait()) == {2}, run.output()[-2000:]
+    said = errors(run)
+    # Which rank finds out with which words is Megatron's; each names the folder.
+    assert said and all(f"{save} cannot be loaded or saved" in line or "File too large" in line for line in said), said
+    assert not any("Traceback" in run.output(rank) for rank in range(len(run.logs)))
+    assert not (save / "latest_checkpointed_iteration.txt").exists()

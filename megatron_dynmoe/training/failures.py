@@ -52,12 +52,12 @@ def sentence_of(error: BaseException) -> str | None:
 
 def _checkpoint() -> str:
     try:
-        return f"in {get_args().load} "
+        return "".join(f"in {folder} " for folder in dict.fromkeys((get_args().load, get_args().save)) if folder)
     except AssertionError:  # Megatron has no arguments yet
         return ""
 
 
-def describe(error: Exception) -> tuple[str, int, Exception | None]:
+def describe(error: BaseException) -> tuple[str, int, BaseException | None]:
     """What to say of an error.
 
     Returns:

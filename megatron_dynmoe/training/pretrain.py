@@ -13,6 +13,7 @@ from megatron.core.transformer.moe.moe_logging import set_moe_metrics_tracker
 from megatron.training import get_tokenizer, pretrain
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.config.container import PretrainConfigContainer
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dynmoe import host
 from megatron_dynmoe.config import DynMoEConfig
@@ -60,7 +61,7 @@ def main(argv: list[str] | None = None, *, check_data: DataCheck | None = None) 
                 check_data(prefix, vocabulary)
         resume.check_fits(resumed, args, get_tokenizer().vocab_size)
         run(args, dynmoe)
-    except Exception as error:
+    except (Exception, CheckpointException) as error:  # torch's is no Exception
         return report_failure.say(*describe(error))
     finally:
         done.set()

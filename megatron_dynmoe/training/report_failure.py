@@ -22,7 +22,7 @@ import traceback
 from datetime import timedelta
 
 import torch
-from torch.distributed import DistError, TCPStore
+from torch.distributed import DistError, DistNetworkError, TCPStore
 
 from megatron_dynmoe.launch import outcome
 
@@ -139,6 +139,8 @@ def _from(failure: dict) -> str:
 def _lost_peer(error: BaseException | None) -> BaseException | None:
     """What a collective said of a peer that is gone; others (dataset builders) raise an error of their own from it."""
     while error is not None:
+        if isinstance(error, DistNetworkError):
+            return error
         if isinstance(error, RuntimeError) and any(words in str(error).lower() for words in LOST_PEER):
             return error
         error = error.__cause__ or error.__context__
