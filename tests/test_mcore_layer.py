@@ -158,7 +158,7 @@ def check_refusals() -> None:
 
     _setup()
     refused = [
-        ({"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "deepep"}, {}, "hybridep"),
+        ({"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "ncclep"}, {}, "'deepep' or 'hybridep'"),
         ({"moe_expert_capacity_factor": 1.0}, {}, "dropless"),
         ({"cuda_graph_impl": "local"}, {}, "attn"),
         *(

@@ -1,11 +1,11 @@
 """Overlapped shared experts: the same output and gradients as without overlap, on an input that lives long enough."""
 
+import itertools
 import weakref
 
-import pytest
 import torch
 
-from tests import ranks
+from tests import deep_ep_standin, ranks
 from tests.test_mcore_layer import B, D, S, _config, _layer, _setup
 from tests.test_mcore_moe_plus_plus import FREE, _filled
 
@@ -58,15 +58,17 @@ def check_input_lives() -> None:
     from megatron_dynmoe.config import DynMoEConfig
 
     _setup()
-    for scale in (1.0, 2.0):
+    deep_ep_standin.install()
+    flex = [{"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": b} for b in ("deepep", "hybridep")]
+    for scale, kind in itertools.product((1.0, 2.0), ({}, *flex)):
         dynmoe = DynMoEConfig(expert_input_scale=scale, gating_residual=True)
-        layer = _layer(_config(moe_shared_expert_overlap=True, **EP2, **SHARED), dynmoe).eval()
+        layer = _layer(_config(moe_shared_expert_overlap=True, **EP2, **SHARED, **kind), dynmoe).eval()
         seen = []
         begin, end = layer.shared_experts.pre_forward_comm, layer.shared_experts.get_output
 
-        def watched(tokens, _begin=begin, _seen=seen):
+        def watched(tokens, _begin=begin, _seen=seen, **kwargs):
             _seen.append(weakref.ref(tokens))
-            _begin(tokens)
+            _begin(tokens, **kwargs)
 
         def ended(_end=end, _seen=seen):
             assert _seen[-1]() is not None
@@ -81,25 +83,9 @@ def check_input_lives() -> None:
         assert reached_the_end is None and reference() is None  # and no longer
 
 
-def check_flex_is_refused() -> None:
-    from megatron_dynmoe.config import ConfigError, DynMoEConfig
-    from megatron_dynmoe.mcore.config import check_config
-
-    _setup()
-    flex = {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "hybridep"}
-    config = _config(moe_shared_expert_overlap=True, **flex, **SHARED)
-    check_config(config, DynMoEConfig())
-    with pytest.raises(ConfigError, match=r"--moe-shared-expert-overlap is True.*alltoall"):
-        check_config(config, DynMoEConfig(expert_input_scale=2.0))
-
-
 def test_overlap_on_equals_off(tmp_path):
     ranks.call(check_on_equals_off, ranks=2, folder=tmp_path)
 
 
 def test_input_of_the_overlapped_experts_lives_until_they_are_done(tmp_path):
     ranks.call(check_input_lives, ranks=2, folder=tmp_path)
-
-
-def test_overlap_of_a_scaled_input_is_refused_with_flex(tmp_path):
-    ranks.call(check_flex_is_refused, ranks=1, folder=tmp_path)

@@ -9,7 +9,9 @@ from dataclasses import fields
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_dynmoe.config import ConfigError, DynMoEConfig
+from megatron_dynmoe.config import DynMoEConfig
+from megatron_dynmoe.mcore.flex_checks import check_flex
+from megatron_dynmoe.mcore.refuse import refuse as _refuse
 
 # Megatron options whose stock implementation chooses experts itself: with another router they would be ignored.
 _CHOOSES_EXPERTS = {
@@ -60,6 +62,7 @@ def check_config(config: TransformerConfig, dynmoe: DynMoEConfig) -> None:
             _refuse(name, value, reason, f"leave it at {accepted!r}")
     _check_experts(config)
     _check_dispatcher(config)
+    check_flex(config, dynmoe)
     _check_capture(config, dynmoe)
 
 
@@ -98,11 +101,7 @@ def _check_adaptation(config: TransformerConfig, dynmoe: DynMoEConfig) -> None:
 
 
 def _check_shared_expert(config: TransformerConfig, dynmoe: DynMoEConfig) -> None:
-    overlap, flex = config.moe_shared_expert_overlap, config.moe_token_dispatcher_type == "flex"
-    if overlap and flex and dynmoe.expert_input_scale != 1:
-        reason = "the flex dispatcher would scale its input as well by --moe-expert-input-scale"
-        instead = "leave it off, or set --moe-token-dispatcher-type alltoall"
-        _refuse("moe_shared_expert_overlap", True, reason, instead)
+    overlap = config.moe_shared_expert_overlap
     if overlap and (config.glu_linear_offset or config.activation_func_clamp_value is not None):
         reason = "its own activation knows neither --glu-linear-offset nor a clamp (shared_experts.py:293)"
         _refuse("moe_shared_expert_overlap", True, reason, "leave it off with either")
@@ -160,12 +159,6 @@ def _check_dispatcher(config: TransformerConfig) -> None:
     if config.moe_expert_capacity_factor is not None or config.moe_pad_expert_input_to_capacity:
         reason = "one capacity for all experts is T * k / E with a fixed k, so rows would be dropped or padded"
         _refuse("moe_expert_capacity_factor", config.moe_expert_capacity_factor, reason, "leave it unset (dropless)")
-    if config.moe_token_dispatcher_type == "flex" and config.moe_flex_dispatcher_backend != "hybridep":
-        backend = config.moe_flex_dispatcher_backend
-        reason = f"{backend} sends a fixed k rows a token (token_dispatcher.py:1291, 1590), whatever the map says"
-        _refuse(
-            "moe_flex_dispatcher_backend", backend, reason, "use 'hybridep', or --moe-token-dispatcher-type alltoall"
-        )
 
 
 def _check_capture(config: TransformerConfig, dynmoe: DynMoEConfig) -> None:
@@ -196,8 +189,3 @@ def _check_captured_router(modules: list[str], dynmoe: DynMoEConfig) -> None:
         if wanted:
             reason = f"a replayed graph runs nothing of what {what} does beside the router"
             _refuse("cuda_graph_modules", modules, reason, "capture 'attn' only, or set --cuda-graph-impl none")
-
-
-def _refuse(name: str, value: object, reason: str, instead: str) -> None:
-    flag = "--" + name.replace("_", "-")
-    raise ConfigError(f"{flag} is {value!r}, which a dynamic MoE layer cannot serve: {reason}; {instead}.")

@@ -5,7 +5,7 @@ The stock dispatcher sizes its buffers as T * moe_router_topk and truncates or p
 parallelism, shared-expert overlap, the fused permutation of Transformer Engine, expert tensor parallelism.
 That permutation stores a zero row where a chosen expert's weight is exactly 0 (an underflowed softmax): the output is
 the same, 0 * f(x), but the gradient of that weight is 0 and not <f(x), grad> (common/triton/permutation.py:296).
-The allgather and flex/HybridEP dispatchers take ragged maps as they are and are used unchanged.
+The allgather dispatcher takes ragged maps as they are and is used unchanged; flex: :mod:`megatron_dynmoe.mcore.flex`.
 """
 
 from __future__ import annotations

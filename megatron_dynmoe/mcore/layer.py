@@ -14,6 +14,7 @@ from megatron_dynmoe.config import DynMoEConfig
 from megatron_dynmoe.mcore.config import check_config
 from megatron_dynmoe.mcore.dispatcher import VariableKAllToAllDispatcher
 from megatron_dynmoe.mcore.experts import TorchGroupedMLP
+from megatron_dynmoe.mcore.flex import FlexDispatcher
 from megatron_dynmoe.mcore.free_experts import ZeroComputationExperts
 from megatron_dynmoe.mcore.mixer import Mixer
 from megatron_dynmoe.routers.channels import pack, unpack
@@ -66,6 +67,13 @@ class DynMoELayer(MoELayer):
             parameter.allreduce = False
         if config.moe_token_dispatcher_type == "alltoall":
             self._set_dispatcher(config, pg_collection)
+        elif config.moe_token_dispatcher_type == "flex":
+            indices = self.local_expert_indices
+            self.token_dispatcher = FlexDispatcher(
+                self.num_local_experts, indices, config=config, pg_collection=pg_collection, dynmoe=dynmoe
+            )
+        if self.use_shared_expert and self.shared_expert_overlap:
+            self.token_dispatcher.set_shared_experts(self.shared_experts)
 
     def _place(self) -> None:
         """Put what is small, and made on the CPU, where the experts are made; megatron-core's router does so later.
@@ -89,8 +97,6 @@ class DynMoELayer(MoELayer):
         if config.cuda_graph_impl == "none":  # a captured router could not leave a collective unfinished
             self.router.on_map = self.token_dispatcher.begin
         self.token_dispatcher.counts_on_device = isinstance(self.experts, TorchGroupedMLP)
-        if self.use_shared_expert and self.shared_expert_overlap:
-            self.token_dispatcher.set_shared_experts(self.shared_experts)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """megatron-core's forward pass; with a gating residual on the hidden states and logits side by side."""
@@ -126,7 +132,7 @@ class DynMoELayer(MoELayer):
     def preprocess(self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor) -> tuple[Tensor, Tensor]:
         """What the experts see: the hidden states alone, scaled if the configuration says so; shared ones unscaled."""
         hidden_states = self._narrow(hidden_states)
-        if isinstance(self.token_dispatcher, VariableKAllToAllDispatcher) and self.shared_expert_overlap:
+        if self.shared_expert_overlap:
             self.token_dispatcher.shared_input = hidden_states
         return super().preprocess(self._expert_input(hidden_states), probs, routing_map)
 
