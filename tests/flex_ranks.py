@@ -284,10 +284,10 @@ def check_padding() -> None:
         plain = results(layer, x)
         if backend == "deepep":
             config.moe_router_padding_for_quantization = True  # megatron accepts it with FP8 only, which needs a GPU
-            token_dispatcher.get_align_size_for_quantization = lambda config: 16
-            module.get_align_size_for_quantization = lambda config: 16
+            token_dispatcher.get_align_size_for_quantization = lambda config: 4
+            module.get_align_size_for_quantization = lambda config: 4
         else:
-            layer.token_dispatcher._comm_manager.pad_multiple = 16  # as dispatch() sets it with FP8
+            layer.token_dispatcher._comm_manager.pad_multiple = 4  # as dispatch() sets it with FP8
         sizes, experts = [], layer.experts.forward
 
         def recorded(rows, counts, weights, sizes=sizes, experts=experts):
@@ -297,10 +297,10 @@ def check_padding() -> None:
 
         layer.experts.forward = recorded
         close(results(layer, x), plain, backend)
-        assert sizes and all(size % 16 == 0 for size in sizes[0]) and any(sizes[0]), sizes
+        assert sizes and all(size % 4 == 0 for size in sizes[0]) and any(sizes[0]), sizes
         sizes.clear()  # fewer tokens than a group's multiple
-        layer(x[:2])
-        assert len(sizes) == 1 and all(size % 16 == 0 for size in sizes[0]), sizes
+        layer(x[:1])
+        assert len(sizes) == 1 and all(size % 4 == 0 for size in sizes[0]), sizes
 
 
 def check_empty_is_not_fused() -> None:

@@ -1,10 +1,12 @@
 """The flex dispatcher over a stand-in of DeepEP and HybridEP: equal to alltoall; what it refuses, in a sentence."""
 
+import math
 import os
 
 import pytest
 
-from tests import flex_ranks, ranks
+from tests import deep_ep_standin, flex_ranks, ranks
+from tests.layouts import MODEL, read_metrics
 
 CHECKS = [
     "presets",
@@ -43,3 +45,40 @@ def _in_folder(root):
     folder.mkdir()
     os.chdir(folder)
     flex_ranks.together("wrong_library")
+
+
+def _train(argv):
+    deep_ep_standin.install()
+    return ranks.pretrain(argv)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The metrics of three steps on two ranks, by dispatcher."""
+    kinds = {
+        "alltoall": "--moe-dispatch-unit rank",
+        "deepep": "--moe-token-dispatcher-type flex --moe-flex-dispatcher-backend deepep --moe-shared-expert-overlap",
+        "hybridep": "--moe-token-dispatcher-type flex --moe-flex-dispatcher-backend hybridep "
+        "--recompute-granularity selective --recompute-modules moe",
+    }
+    found = {}
+    for kind, flags in kinds.items():
+        folder = tmp_path_factory.mktemp(kind)
+        file = folder / "metrics.jsonl"
+        where = ["--moe-metrics-file", str(file), "--exit-interval", "3", "--expert-model-parallel-size", "2"]
+        ranks.call(_train, [*MODEL, *flags.split(), *where], ranks=2, folder=folder)
+        found[kind] = read_metrics(file)
+    return found
+
+
+@pytest.mark.parametrize("backend", flex_ranks.BACKENDS)
+def test_training_equals_alltoall(trained, backend):
+    got, wanted = trained[backend], trained["alltoall"]
+    assert len(got) == len(wanted) == 3
+    for mine, theirs in zip(got, wanted, strict=True):
+        for name in ("lm_loss", "load_balancing_loss", "entropy_loss", "z_loss", "experts_per_token"):
+            # float32 sums in another order, as between layouts (tests/test_parallel.py)
+            assert math.isclose(mine[name], theirs[name], rel_tol=2**-24 * 160), (name, mine[name], theirs[name])
+        # counted on the device here, on the host there; DeepEP counts a choice's index and weight, alltoall weights
+        assert mine["rows_sent"] == theirs["rows_sent"] > mine["rows_crossing"] == theirs["rows_crossing"] > 0
+        assert mine["bytes_crossing"] >= theirs["bytes_crossing"]
