@@ -160,9 +160,9 @@ def _accelerator_rows() -> Iterator[Row]:
     yield Row("apex", *_apex(), "fused Adam and norms of Transformer Engine or torch")
     deep_ep = _spec("deep_ep")
     version = (_version("deep-ep") or "installed") if deep_ep else None
-    yield Row("DeepEP", version, "flex dispatcher, fixed k (top-k only)", "all-to-all dispatcher")
+    yield Row("DeepEP", version, "flex dispatcher, at most 32 experts a token", "all-to-all dispatcher")
     hybrid = version if deep_ep is not None and _mentions(deep_ep, "HybridEPBuffer") else None
-    yield Row("HybridEP", hybrid, "flex dispatcher, ragged maps", "all-to-all dispatcher")
+    yield Row("HybridEP", hybrid, "flex dispatcher, any number of experts a token", "all-to-all dispatcher")
 
 
 def _apex() -> tuple[str | None, str]:

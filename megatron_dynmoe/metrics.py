@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Traffic:
-    """What dispatches put on the wire.
+    """What dispatches put on the wire; numbers that are known on the device alone stay there until they are summed.
 
     Attributes:
         rows: rows handed to the all-to-all, those that stay on the rank included.
@@ -27,9 +27,9 @@ class Traffic:
         crossing_bytes: bytes that leave the rank, rows out and back and the weights that go with them.
     """
 
-    rows: int = 0
-    crossing_rows: int = 0
-    crossing_bytes: int = 0
+    rows: int | Tensor = 0
+    crossing_rows: int | Tensor = 0
+    crossing_bytes: int | Tensor = 0
 
     def __add__(self, other: Traffic) -> Traffic:
         return Traffic(
@@ -55,7 +55,7 @@ class RoutingSummary:
         unrouted_by_layer: the same by layer index.
         dropped: assignments that did not fit into a capacity, all layers and ranks.
         free_by_layer: by layer index and kind of zero-computation expert, the share of tokens that choose it.
-        traffic: of all layers and ranks; with the alltoall dispatcher.
+        traffic: of all layers and ranks; with the alltoall and flex dispatchers.
     """
 
     experts_per_token: float

@@ -1,6 +1,7 @@
-"""For every test: one thread a process, and tests marked ``gpu`` are skipped where there is no CUDA device."""
+"""For every test: one thread a process, and tests that need devices or libraries that are not here skip themselves."""
 
 import os
+from importlib.util import find_spec
 
 # Before torch is imported here or in a rank that a test spawns: two ranks on two cores must not fight for them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -11,12 +12,30 @@ from tests.time_limit import pytest_addoption, pytest_configure  # noqa: F401  (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked ``gpu`` on a machine without CUDA."""
-    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
-    if not gpu_items:
-        return
+    """Skip what is marked for devices or libraries that are missing, with what is missing as the reason."""
+    for marker, missing in (("gpu", _no_gpu), ("deepep", _no_deepep), ("hybridep", _no_hybridep)):
+        marked = [item for item in items if item.get_closest_marker(marker)]
+        reason = missing() if marked else None
+        for item in marked if reason else ():
+            item.add_marker(pytest.mark.skip(reason=f"needs {reason}"))
+
+
+def _no_gpu(devices: int = 1) -> str | None:
     import torch
 
-    if not torch.cuda.is_available():
-        for item in gpu_items:
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    if torch.cuda.device_count() >= devices:
+        return None
+    return "a CUDA device" if devices == 1 else f"{devices} CUDA devices"
+
+
+def _no_deepep() -> str | None:
+    return _no_gpu(2) or (None if find_spec("deep_ep") else "DeepEP")
+
+
+def _no_hybridep() -> str | None:
+    missing = _no_deepep()
+    if missing is None:
+        import deep_ep
+
+        missing = None if hasattr(deep_ep, "HybridEPBuffer") else "DeepEP's branch hybrid-ep"
+    return missing

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -31,12 +32,21 @@ EP2 = {"expert_model_parallel_size": 2}
 BACKENDS = ("deepep", "hybridep")
 
 
-def setup(tensor: int = 1, expert: int = 2, expert_tensor: int | None = None) -> None:
+def setup(
+    tensor: int = 1,
+    expert: int = 2,
+    expert_tensor: int | None = None,
+    *,
+    transport: str = "gloo",
+    library: Callable[[], None] | None = deep_ep_standin.install,
+) -> None:
+    """Ranks and groups; ``library`` puts a stand-in where megatron-core looks for ``deep_ep``."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    deep_ep_standin.install()
-    dist.init_process_group("gloo")
+    if library is not None:
+        library()
+    dist.init_process_group(transport)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor,
         expert_model_parallel_size=expert,
@@ -70,7 +80,7 @@ def results(layer, x, previous=None) -> list[torch.Tensor]:
     out, _ = layer(x)
     whole = out if layer.carried is None else torch.cat([out, layer.carried], dim=-1)
     upstream = torch.randn(whole.shape, generator=torch.Generator().manual_seed(3 + dist.get_rank()))
-    gradients = torch.autograd.grad((whole * upstream.to(whole.dtype)).sum(), leaves, allow_unused=True)
+    gradients = torch.autograd.grad((whole * upstream.to(whole)).sum(), leaves, allow_unused=True)
     losses = [entry.values for _, entry in sorted(tracker.metrics.items())]
     counted = [tracker.stats.counts.clone(), torch.tensor([int(tracker.stats.traffic.rows)])]
     layer.eval()
@@ -82,7 +92,7 @@ def results(layer, x, previous=None) -> list[torch.Tensor]:
 
 def inputs(layer, dtype=torch.float32):
     generator = torch.Generator().manual_seed(7 + dist.get_rank())
-    x = torch.randn(S, B, D, generator=generator, dtype=dtype, requires_grad=True)
+    x = torch.randn(S, B, D, generator=generator).to(layer.router.weight.device, dtype).requires_grad_()
     if not layer.dynmoe.gating_residual:
         return x, None
     return x, torch.randn(S, B, layer.router.columns, generator=generator, requires_grad=True)
@@ -103,7 +113,7 @@ def check_presets() -> None:
     setup()
     for preset, extra in PRESETS:
         dynmoe = DynMoEConfig.from_preset(preset, dispatch_unit="rank", z_loss_coeff=0.1, **extra)
-        for shared in ({}, SHARED, SHARED | {"moe_shared_expert_overlap": True}):
+        for shared in (SHARED, SHARED | {"moe_shared_expert_overlap": True}):
             wanted = None
             for kind in ({}, *map(flex, BACKENDS)):
                 layer = _filled(_layer(_config(**EP2, **kind, **shared), dynmoe))
@@ -251,12 +261,17 @@ def check_layout(tensor: int, expert: int, expert_tensor: int) -> None:
 
 
 def check_bfloat16() -> None:
+    setup()
+    compare_bfloat16(*BACKENDS)
+
+
+def compare_bfloat16(*backends: str) -> None:
+    """Flex beside alltoall in the dtype of the real libraries, on whatever device layers are built."""
     from megatron_dynmoe.config import DynMoEConfig
 
-    setup()
     half = {"params_dtype": torch.bfloat16, "bf16": True}
     wanted = None
-    for kind in ({}, *map(flex, BACKENDS)):
+    for kind in ({}, *map(flex, backends)):
         layer = _filled(_layer(_config(**EP2, **kind, **half), DynMoEConfig(top_p=0.5, dispatch_unit="rank")))
         x, _ = inputs(layer, torch.bfloat16)
         got = results(layer, x)
@@ -381,6 +396,13 @@ DEEPEP, HYBRIDEP = map(flex, BACKENDS)
 NODES9 = {"num_moe_experts": 144, "expert_model_parallel_size": 72}
 # (configuration, the layer's own, words of the sentence in their order; None: accepted, but for the missing library)
 REFUSED = [
+    ({"moe_flex_dispatcher_backend": "hybridep"}, {}, "-backend is 'hybridep',.*-dispatcher-type flex, or leave"),
+    ({"moe_flex_dispatcher_num_sms": 24}, {}, "--moe-flex-dispatcher-num-sms is 24,.*or leave it out"),
+    ({"moe_permute_fusion_into_hybridep": True}, {}, "-into-hybridep is True,.*-backend hybridep"),
+    (DEEPEP | {"moe_hybridep_pad_uneven_dispatch_inputs": True}, {}, "-pad-uneven-dispatch-inputs is True,.* hybridep"),
+    (DEEPEP | {"moe_hybridep_num_sms_preprocessing": 64}, {}, "-preprocessing is 64,"),
+    (DEEPEP, {"dispatch_unit": "expert"}, "--moe-dispatch-unit is 'expert',.*alltoall"),
+    ({"moe_token_dispatcher_type": "allgather"}, {"dispatch_unit": "rank"}, "--moe-dispatch-unit is 'rank',"),
     (DEEPEP | {"expert_model_parallel_size": 1}, {}, "--expert-model-parallel-size is 1,.* at least 2"),
     (DEEPEP | EP2, {}, "--bf16 is False,.*torch.float32; set --bf16"),
     (HYBRIDEP | EP2, {}, "--bf16 is False,"),
@@ -408,7 +430,7 @@ def check_refusals() -> None:
         with pytest.raises(ConfigError) as refusal:
             check_config(_config(**theirs), DynMoEConfig(**ours))
         message = str(refusal.value)
-        library = "install the branch hybrid-ep" if theirs["moe_flex_dispatcher_backend"] == "hybridep" else "DeepEP ("
+        library = "install the branch hybrid-ep" if HYBRIDEP.items() <= theirs.items() else "DeepEP ("
         assert re.search(said or f"is not installed; .*{re.escape(library)}", message), (theirs, message)
         assert "\n" not in message and message.count(". ") == 0, message
     # megatron-core lets these pass with Transformer Engine's fuser, or with a data loader of its own only

@@ -159,6 +159,10 @@ def _check_dispatcher(config: TransformerConfig) -> None:
     if config.moe_expert_capacity_factor is not None or config.moe_pad_expert_input_to_capacity:
         reason = "one capacity for all experts is T * k / E with a fixed k, so rows would be dropped or padded"
         _refuse("moe_expert_capacity_factor", config.moe_expert_capacity_factor, reason, "leave it unset (dropless)")
+    if config.moe_expert_rank_capacity_factor is not None:
+        reason = "its budget is T * k * factor rows a rank with a fixed k, and HybridEP drops what is above"
+        instead = "leave it unset (dropless)"
+        _refuse("moe_expert_rank_capacity_factor", config.moe_expert_rank_capacity_factor, reason, instead)
 
 
 def _check_capture(config: TransformerConfig, dynmoe: DynMoEConfig) -> None:

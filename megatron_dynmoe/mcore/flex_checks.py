@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import math
 import os
+from dataclasses import fields
 
 import torch
 import torch.distributed as dist
@@ -36,6 +37,18 @@ WHERE = {
 }
 
 
+# Fields that one library alone reads, and the values that ask for nothing.
+READ_BY = {
+    "moe_flex_dispatcher_num_sms": ("deepep", "hybridep"),
+    "moe_permute_fusion_into_hybridep": ("hybridep",),
+    "moe_hybridep_pad_uneven_dispatch_inputs": ("hybridep",),
+    "moe_hybridep_num_blocks_permute": ("hybridep",),
+    "moe_hybridep_num_blocks_unpermute": ("hybridep",),
+    "moe_hybridep_num_sms_preprocessing": ("hybridep",),
+}
+DEFAULTS = {field.name: field.default for field in fields(TransformerConfig)}
+
+
 def most_experts(dynmoe: DynMoEConfig, experts: int) -> int:
     """The most FFN experts that one token can visit."""
     bounds = [experts]
@@ -47,14 +60,15 @@ def most_experts(dynmoe: DynMoEConfig, experts: int) -> int:
 
 
 def check_flex(config: TransformerConfig, dynmoe: DynMoEConfig) -> None:
-    """Refuse what the flex dispatcher cannot serve; nothing with another dispatcher.
+    """Refuse what the flex dispatcher cannot serve, and with another dispatcher what only it would read.
 
     Raises:
         ConfigError: with the field, the value, the reason and the alternative.
     """
-    if config.moe_token_dispatcher_type != "flex":
+    backend = config.moe_flex_dispatcher_backend if config.moe_token_dispatcher_type == "flex" else None
+    _check_unread(config, dynmoe, backend)
+    if backend is None:
         return
-    backend = config.moe_flex_dispatcher_backend
     if backend not in NAMES:
         reason = f"{backend} sends a fixed k rows a token (token_dispatcher.py:1590), whatever the map says"
         instead = "use 'deepep' or 'hybridep', or --moe-token-dispatcher-type alltoall"
@@ -66,6 +80,22 @@ def check_flex(config: TransformerConfig, dynmoe: DynMoEConfig) -> None:
     else:
         _check_hybrid(config)
     _check_installed(backend)
+
+
+def _check_unread(config: TransformerConfig, dynmoe: DynMoEConfig, backend: str | None) -> None:
+    chosen = config.moe_flex_dispatcher_backend
+    if backend is None and chosen != DEFAULTS["moe_flex_dispatcher_backend"]:
+        instead = "set --moe-token-dispatcher-type flex, or leave it out"
+        refuse("moe_flex_dispatcher_backend", chosen, "the flex dispatcher alone reads it", instead)
+    for name, readers in READ_BY.items():
+        value = getattr(config, name)
+        if value != DEFAULTS[name] and backend not in readers:
+            reader = f"--moe-token-dispatcher-type flex --moe-flex-dispatcher-backend {readers[-1]}"
+            refuse(name, value, f"nothing reads it but {reader}", "set that, or leave it out")
+    kind, unit = config.moe_token_dispatcher_type, dynmoe.dispatch_unit
+    if kind != "alltoall" and unit not in (("auto",) if backend is None else ("auto", "rank")):
+        reason = f"the {kind} dispatcher has a way of its own (a token crosses once for each rank, or to every rank)"
+        refuse("moe_dispatch_unit", unit, reason, "leave it at 'auto', or set --moe-token-dispatcher-type alltoall")
 
 
 def _check_shapes(config: TransformerConfig, library: str, tensor_ranks: int) -> None:
@@ -99,10 +129,6 @@ def _check_choices(config: TransformerConfig, dynmoe: DynMoEConfig, tensor_ranks
 
 
 def _check_hybrid(config: TransformerConfig) -> None:
-    factor = config.moe_expert_rank_capacity_factor
-    if factor is not None:
-        reason = "its budget is T * k * factor rows with a fixed k, and HybridEP drops what is above"
-        refuse("moe_expert_rank_capacity_factor", factor, reason, "leave it unset (dropless)")
     if config.hybrid_context_parallel and not config.moe_hybridep_pad_uneven_dispatch_inputs:
         reason = "HybridEP needs the same number of tokens on every rank, and its sequences are dealt out unevenly"
         refuse("hybrid_context_parallel", True, reason, "add --moe-hybridep-pad-uneven-dispatch-inputs")
