@@ -52,33 +52,42 @@ def _train(argv):
     return ranks.pretrain(argv)
 
 
+FLEX = "--moe-token-dispatcher-type flex --moe-flex-dispatcher-backend"
+OVERLAP = "--bf16 --overlap-moe-expert-parallel-comm"  # two micro-batches at once
+TRAINED = {
+    "alltoall": "--moe-dispatch-unit rank",
+    "deepep": f"{FLEX} deepep --moe-shared-expert-overlap",
+    "hybridep": f"{FLEX} hybridep --recompute-granularity selective --recompute-modules moe",
+    "alltoall-overlap": f"--moe-dispatch-unit rank {OVERLAP}",
+    "deepep-overlap": f"{FLEX} deepep {OVERLAP}",
+}
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """The metrics of three steps on two ranks, by dispatcher."""
-    kinds = {
-        "alltoall": "--moe-dispatch-unit rank",
-        "deepep": "--moe-token-dispatcher-type flex --moe-flex-dispatcher-backend deepep --moe-shared-expert-overlap",
-        "hybridep": "--moe-token-dispatcher-type flex --moe-flex-dispatcher-backend hybridep "
-        "--recompute-granularity selective --recompute-modules moe",
-    }
+    """The metrics of two steps on two ranks, by dispatcher."""
     found = {}
-    for kind, flags in kinds.items():
+    for kind, flags in TRAINED.items():
         folder = tmp_path_factory.mktemp(kind)
         file = folder / "metrics.jsonl"
-        where = ["--moe-metrics-file", str(file), "--exit-interval", "3", "--expert-model-parallel-size", "2"]
+        where = ["--moe-metrics-file", str(file), "--exit-interval", "2", "--expert-model-parallel-size", "2"]
         ranks.call(_train, [*MODEL, *flags.split(), *where], ranks=2, folder=folder)
         found[kind] = read_metrics(file)
     return found
 
 
-@pytest.mark.parametrize("backend", flex_ranks.BACKENDS)
-def test_training_equals_alltoall(trained, backend):
-    got, wanted = trained[backend], trained["alltoall"]
-    assert len(got) == len(wanted) == 3
-    for mine, theirs in zip(got, wanted, strict=True):
+@pytest.mark.parametrize("kind", [kind for kind in TRAINED if "alltoall" not in kind])
+def test_training_equals_alltoall(trained, kind):
+    overlapped = "overlap" in kind
+    got, wanted = trained[kind], trained["alltoall-overlap" if overlapped else "alltoall"]
+    # float32 sums in another order, as between layouts (tests/test_parallel.py); bfloat16 rounds each rank's sum
+    tolerance = 2**-9 if overlapped else 2**-24 * 160
+    assert len(got) == len(wanted) == 2
+    for step, (mine, theirs) in enumerate(zip(got, wanted, strict=True)):
         for name in ("lm_loss", "load_balancing_loss", "entropy_loss", "z_loss", "experts_per_token"):
-            # float32 sums in another order, as between layouts (tests/test_parallel.py)
-            assert math.isclose(mine[name], theirs[name], rel_tol=2**-24 * 160), (name, mine[name], theirs[name])
+            assert math.isclose(mine[name], theirs[name], rel_tol=tolerance), (name, mine[name], theirs[name])
+        if step and overlapped:
+            continue  # rounding may have moved a token to another expert
         # counted on the device here, on the host there; DeepEP counts a choice's index and weight, alltoall weights
         assert mine["rows_sent"] == theirs["rows_sent"] > mine["rows_crossing"] == theirs["rows_crossing"] > 0
         assert mine["bytes_crossing"] >= theirs["bytes_crossing"]
