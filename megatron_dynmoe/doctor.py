@@ -160,7 +160,10 @@ def _accelerator_rows() -> Iterator[Row]:
     yield Row("apex", *_apex(), "fused Adam and norms of Transformer Engine or torch")
     deep_ep = _spec("deep_ep")
     version = (_version("deep-ep") or "installed") if deep_ep else None
-    yield Row("DeepEP", version, "flex dispatcher, at most 32 experts a token", "all-to-all dispatcher")
+    use = "flex dispatcher, at most 32 experts a token"
+    if deep_ep is not None and _mentions(deep_ep, "ElasticBuffer"):
+        use = "nothing: megatron-core 0.19 looks for names that DeepEP 2.0 has moved; install 1.2.1 or the branch hybrid-ep"
+    yield Row("DeepEP", version, use, "all-to-all dispatcher")
     hybrid = version if deep_ep is not None and _mentions(deep_ep, "HybridEPBuffer") else None
     yield Row("HybridEP", hybrid, "flex dispatcher, any number of experts a token", "all-to-all dispatcher")
 

@@ -430,7 +430,7 @@ def check_refusals() -> None:
         with pytest.raises(ConfigError) as refusal:
             check_config(_config(**theirs), DynMoEConfig(**ours))
         message = str(refusal.value)
-        library = "install the branch hybrid-ep" if HYBRIDEP.items() <= theirs.items() else "DeepEP ("
+        library = "install the branch hybrid-ep" if HYBRIDEP.items() <= theirs.items() else "install DeepEP 1.2.1"
         assert re.search(said or f"is not installed; .*{re.escape(library)}", message), (theirs, message)
         assert "\n" not in message and message.count(". ") == 0, message
     # megatron-core lets these pass with Transformer Engine's fuser, or with a data loader of its own only

@@ -106,8 +106,15 @@ def test_nvidias_apex_is_told_from_the_other(machine, modules, version, use) -> 
     assert (row.version, row.used_for) == (version, use)
 
 
-@pytest.mark.parametrize(("text", "hybrid"), [("from .buffer import Buffer", None), ("HybridEPBuffer = 1", "1.2")])
-def test_hybrid_ep_is_a_build_of_deep_ep(machine, monkeypatch, tmp_path, text, hybrid) -> None:
+@pytest.mark.parametrize(
+    ("text", "hybrid", "use"),
+    [
+        ("from .buffer import Buffer", None, "flex dispatcher, at most 32 experts a token"),
+        ("HybridEPBuffer = 1", "1.2", "flex dispatcher, at most 32 experts a token"),
+        ("from .buffers.elastic import ElasticBuffer", None, "nothing: megatron-core"),
+    ],
+)
+def test_hybrid_ep_is_a_build_of_deep_ep(machine, monkeypatch, tmp_path, text, hybrid, use) -> None:
     machine(VERSIONS | {"deep-ep": "1.2"}, torch=fake_torch())
     origin = tmp_path / "__init__.py"
     origin.write_text(text)
@@ -115,6 +122,7 @@ def test_hybrid_ep_is_a_build_of_deep_ep(machine, monkeypatch, tmp_path, text, h
     monkeypatch.setattr(doctor, "_spec", found.get)
     table = rows(doctor.diagnose())
     assert (table["DeepEP"].version, table["HybridEP"].version) == ("1.2", hybrid)
+    assert table["DeepEP"].used_for.startswith(use)
 
 
 def test_missing_requirements_are_found_through_those_that_are_there(machine, capsys) -> None:

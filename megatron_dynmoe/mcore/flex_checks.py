@@ -32,7 +32,7 @@ DOMAIN = "NUM_OF_HYBRID_EP_RANKS_PER_NVLINK_DOMAIN"  # how the library is told w
 
 NAMES = {"deepep": "DeepEP", "hybridep": "HybridEP"}
 WHERE = {
-    "deepep": "install DeepEP (github.com/deepseek-ai/DeepEP)",
+    "deepep": "install DeepEP 1.2.1 of github.com/deepseek-ai/DeepEP, or its branch hybrid-ep",
     "hybridep": "install the branch hybrid-ep of github.com/deepseek-ai/DeepEP (HYBRID_EP_MULTINODE=1 for more nodes)",
 }
 
@@ -145,12 +145,10 @@ def _check_installed(backend: str) -> None:
 def _why_missing(backend: str) -> str:
     try:
         importlib.import_module("deep_ep")
-    except ModuleNotFoundError as error:
-        if error.name == "deep_ep":
+    except Exception as error:  # it looks for its libraries at import, and says in many ways that it misses one
+        if isinstance(error, ModuleNotFoundError) and error.name == "deep_ep":
             return f"{NAMES[backend]} is not installed"
-        return f"deep_ep is installed but does not import ({error})"
-    except ImportError as error:
-        return f"deep_ep is installed but does not import ({error})"
+        return f"deep_ep is installed but does not import ({' '.join(str(error).split())})"
     return f"the deep_ep that is installed has not what megatron-core needs of {NAMES[backend]} (fused_a2a.py)"
 
 
