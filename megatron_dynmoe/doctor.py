@@ -162,7 +162,7 @@ def _accelerator_rows() -> Iterator[Row]:
     version = (_version("deep-ep") or "installed") if deep_ep else None
     use = "flex dispatcher, at most 32 experts a token"
     if deep_ep is not None and _mentions(deep_ep, "ElasticBuffer"):
-        use = "nothing: megatron-core 0.19 looks for names that DeepEP 2.0 has moved; install 1.2.1 or the branch hybrid-ep"
+        use = "nothing: megatron-core 0.19 takes DeepEP 1.2.1 or the branch hybrid-ep, not 2.0"
     yield Row("DeepEP", version, use, "all-to-all dispatcher")
     hybrid = version if deep_ep is not None and _mentions(deep_ep, "HybridEPBuffer") else None
     yield Row("HybridEP", hybrid, "flex dispatcher, any number of experts a token", "all-to-all dispatcher")

@@ -351,6 +351,7 @@ def check_uneven_tokens() -> None:
     setup()
     dynmoe = DynMoEConfig(top_p=0.5, dispatch_unit="rank")
     padded = flex("hybridep") | {"moe_hybridep_pad_uneven_dispatch_inputs": True}
+    padded |= {"moe_permute_fusion_into_hybridep": True, "moe_flex_dispatcher_num_sms": 16}
     wanted = None
     for kind in ({}, flex("deepep"), padded):
         layer = _filled(_layer(_config(**EP2, **kind), dynmoe))

@@ -65,15 +65,7 @@ class DynMoELayer(MoELayer):
             # Experts form their own optimizer and gradient buffer also without expert parallelism (megatron-core: only
             # with it), so that the optimizer's state in a checkpoint moves between expert-parallel sizes.
             parameter.allreduce = False
-        if config.moe_token_dispatcher_type == "alltoall":
-            self._set_dispatcher(config, pg_collection)
-        elif config.moe_token_dispatcher_type == "flex":
-            indices = self.local_expert_indices
-            self.token_dispatcher = FlexDispatcher(
-                self.num_local_experts, indices, config=config, pg_collection=pg_collection, dynmoe=dynmoe
-            )
-        if self.use_shared_expert and self.shared_expert_overlap:
-            self.token_dispatcher.set_shared_experts(self.shared_experts)
+        self._set_dispatcher(config, pg_collection)
 
     def _place(self) -> None:
         """Put what is small, and made on the CPU, where the experts are made; megatron-core's router does so later.
@@ -87,16 +79,17 @@ class DynMoELayer(MoELayer):
                 module.cuda()
 
     def _set_dispatcher(self, config: TransformerConfig, pg_collection: Any) -> None:
-        self.token_dispatcher = VariableKAllToAllDispatcher(
-            self.num_local_experts,
-            self.local_expert_indices,
-            config=config,
-            pg_collection=pg_collection,
-            unit=self.dynmoe.dispatch_unit,
-        )
-        if config.cuda_graph_impl == "none":  # a captured router could not leave a collective unfinished
-            self.router.on_map = self.token_dispatcher.begin
-        self.token_dispatcher.counts_on_device = isinstance(self.experts, TorchGroupedMLP)
+        """Ours in the place of megatron-core's; but allgather's, which takes ragged maps as it is."""
+        arguments = self.num_local_experts, self.local_expert_indices, config, pg_collection
+        if config.moe_token_dispatcher_type == "alltoall":
+            self.token_dispatcher = VariableKAllToAllDispatcher(*arguments, unit=self.dynmoe.dispatch_unit)
+            if config.cuda_graph_impl == "none":  # a captured router could not leave a collective unfinished
+                self.router.on_map = self.token_dispatcher.begin
+            self.token_dispatcher.counts_on_device = isinstance(self.experts, TorchGroupedMLP)
+        elif config.moe_token_dispatcher_type == "flex":
+            self.token_dispatcher = FlexDispatcher(*arguments, dynmoe=self.dynmoe)
+        if self.use_shared_expert and self.shared_expert_overlap:
+            self.token_dispatcher.set_shared_experts(self.shared_experts)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """megatron-core's forward pass; with a gating residual on the hidden states and logits side by side."""
