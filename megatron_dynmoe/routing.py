@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import torch
@@ -67,7 +68,9 @@ class RoutePlan:
         total_rows, total_pairs: over all ranks of the group.
         tensor_rank: this rank's index in the expert-tensor-parallel group.
         map_TE: bool, the map that the plan was made of.
-        rows_L: int64, rows that each local expert computes, on the device: grouped GEMMs take it from there.
+        rows_PRL: int64, the same as received_PRL on the device.
+
+    What is summed from these is computed once; nobody may change a list that is handed out.
     """
 
     sent_E: tuple[int, ...]
@@ -78,7 +81,7 @@ class RoutePlan:
     total_pairs: int
     tensor_rank: int
     map_TE: Tensor
-    rows_L: Tensor
+    rows_PRL: Tensor
 
     @classmethod
     def build(cls, map_TE: Tensor, **layout: Any) -> RoutePlan:
@@ -106,7 +109,26 @@ class RoutePlan:
         """int64 [N]: the token of each row sent."""
         return self.row_index_N2[:, 1]
 
-    @property
+    @cached_property
+    def arrival_index_N(self) -> Tensor:
+        """int64 [N]: the place, in the order of arrival, of each row by local expert, then sender.
+
+        Made on the device in a number of kernels that the number of chunks does not change.
+        """
+        sizes_SL = self.rows_PRL.flatten(0, 1)
+        sizes_K, by_expert_K = sizes_SL.flatten(), sizes_SL.t().flatten()
+        starts_K = (sizes_K.cumsum(0) - sizes_K).view_as(sizes_SL).t().flatten()
+        shift_K = starts_K - (by_expert_K.cumsum(0) - by_expert_K)
+        rows = sum(self.rows_per_expert_L)
+        shift_N = torch.repeat_interleave(shift_K, by_expert_K, output_size=rows)
+        return shift_N.add_(torch.arange(rows, device=shift_N.device))
+
+    @cached_property
+    def rows_L(self) -> Tensor:
+        """int64 [L]: rows that each local expert computes, on the device: grouped GEMMs take it from there."""
+        return self.rows_PRL.sum(dim=(0, 1))
+
+    @cached_property
     def rows_sent(self) -> int:
         """N: rows of this rank's tokens, whoever computes them."""
         return sum(self.sent_E)
@@ -115,6 +137,10 @@ class RoutePlan:
         """Rows on the wire, (received from, sent to) each expert-parallel rank, when ``unit`` is "expert" or "rank"."""
         if unit == "rank":
             return list(self.pairs_received_PR[self.tensor_rank]), list(self.pairs_sent_R)
+        return self._row_splits
+
+    @cached_property
+    def _row_splits(self) -> tuple[list[int], list[int]]:
         ranks = len(self.pairs_sent_R)
         local = len(self.sent_E) // ranks
         sent = [sum(self.sent_E[r * local : (r + 1) * local]) for r in range(ranks)]
@@ -124,18 +150,22 @@ class RoutePlan:
         """Rows that each rank of the expert-tensor-parallel group received, which the group then gathers."""
         if unit == "rank":
             return [sum(pairs) for pairs in self.pairs_received_PR]
-        return [sum(sum(row) for row in ranks) for ranks in self.received_PRL]
+        return self._gathered_rows_P
 
-    @property
+    @cached_property
+    def _gathered_rows_P(self) -> list[int]:
+        return [sum(map(sum, ranks)) for ranks in self.received_PRL]
+
+    @cached_property
+    def chunks_PRL(self) -> list[int]:
+        """Rows of each arriving chunk, in order of arrival: sender major, local expert minor."""
+        return [rows for ranks in self.received_PRL for row in ranks for rows in row]
+
+    @cached_property
     def rows_per_expert_L(self) -> list[int]:
         """Rows that each local expert computes."""
         chunks = [row for ranks in self.received_PRL for row in ranks]
         return [sum(column) for column in zip(*chunks, strict=True)]
-
-    @property
-    def chunks_PRL(self) -> list[int]:
-        """Rows of each arriving chunk, in order of arrival: sender major, local expert minor."""
-        return [rows for ranks in self.received_PRL for row in ranks for rows in row]
 
 
 def _visited_TR(map_TE: Tensor, ranks: int) -> Tensor:
@@ -200,7 +230,7 @@ class PendingPlan:
         host = iter(torch.cat([self._mine, rows_PRL.reshape(-1), pairs_PR.reshape(-1), totals]).tolist())
 
         def take(count: int) -> tuple[int, ...]:
-            return tuple(next(host) for _ in range(count))
+            return tuple(islice(host, count))
 
         return RoutePlan(
             sent_E=take(experts),
@@ -211,5 +241,5 @@ class PendingPlan:
             total_pairs=next(host),
             tensor_rank=self.tensor_rank,
             map_TE=self.map_TE,
-            rows_L=rows_PRL.sum(dim=(0, 1)),
+            rows_PRL=rows_PRL,
         )
