@@ -34,8 +34,8 @@ def unalign_rows(rows: Tensor, rows_per_expert_L: Sequence[int], multiple: int) 
 
 def _places(rows_per_expert_L: Sequence[int], multiple: int, device: torch.device) -> Tensor:
     """int64 [N]: where each row stands among the aligned ones. As many kernels for 2 experts as for 200."""
-    padding = [wanted - rows for wanted, rows in zip(aligned_sizes(rows_per_expert_L, multiple), rows_per_expert_L)]
-    before = [0, *accumulate(padding[:-1])]
-    shift_L, rows_L = torch.tensor([before, rows_per_expert_L]).to(device, non_blocking=True)
+    padding_L = [-rows % multiple for rows in rows_per_expert_L]
+    before_L = [0, *accumulate(padding_L[:-1])]
+    shift_L, rows_L = torch.tensor([before_L, list(rows_per_expert_L)]).to(device, non_blocking=True)
     rows = sum(rows_per_expert_L)
     return torch.repeat_interleave(shift_L, rows_L, output_size=rows) + torch.arange(rows, device=device)

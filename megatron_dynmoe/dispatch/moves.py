@@ -1,5 +1,5 @@
-"""The primitive moves with their backward passes: gather and scatter-add, rows to other places, uneven all-to-all in two
-halves, gather and reduce-scatter of unequal parts.
+"""The primitive moves with their backward passes: gather and scatter-add, rows to other places, uneven all-to-all in
+two halves, gather and reduce-scatter of unequal parts.
 """
 
 from __future__ import annotations
@@ -213,7 +213,7 @@ def _gather(rows: Tensor, sizes_P: list[int], group: dist.ProcessGroup) -> Tenso
     out = rows.new_empty(sum(sizes_P), *rows.shape[1:])
     parts = out.split(sizes_P)
     parts[me].copy_(rows)
-    # Messages, and no all-to-all of copies: all ranks know the sizes, so that an empty part is neither sent nor awaited.
+    # Messages, not an all-to-all of copies. All ranks know the sizes: an empty part is neither sent nor awaited.
     moves = [dist.P2POp(dist.isend, rows, group=group, group_peer=p) for p in peers if p != me and sizes_P[me]]
     moves += [dist.P2POp(dist.irecv, parts[p], group=group, group_peer=p) for p in peers if p != me and sizes_P[p]]
     for work in dist.batch_isend_irecv(moves) if moves else ():

@@ -13,7 +13,6 @@ from torch import Tensor
 from megatron_dynmoe.dispatch.moves import Exchange
 from megatron_dynmoe.routing import RoutePlan
 
-
 SortChunks = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Any]]
 
 
