@@ -68,6 +68,7 @@ class RoutePlan:
         total_rows, total_pairs: over all ranks of the group.
         tensor_rank: this rank's index in the expert-tensor-parallel group.
         map_TE: bool, the map that the plan was made of.
+        visited_TR: bool, the ranks that each token visits, by that map.
         rows_PRL: int64, the same as received_PRL on the device.
 
     What is summed from these is computed once; nobody may change a list that is handed out.
@@ -81,6 +82,7 @@ class RoutePlan:
     total_pairs: int
     tensor_rank: int
     map_TE: Tensor
+    visited_TR: Tensor
     rows_PRL: Tensor
 
     @classmethod
@@ -97,7 +99,7 @@ class RoutePlan:
     @cached_property
     def pair_index_M2(self) -> Tensor:
         """int64 [M, 2]: (rank, token) of each pair sent, ordered by rank, then token."""
-        return torch.nonzero_static(_visited_TR(self.map_TE, len(self.pairs_sent_R)).t(), size=sum(self.pairs_sent_R))
+        return torch.nonzero_static(self.visited_TR.t(), size=sum(self.pairs_sent_R))
 
     @property
     def expert_of_row_N(self) -> Tensor:
@@ -168,10 +170,6 @@ class RoutePlan:
         return [sum(column) for column in zip(*chunks, strict=True)]
 
 
-def _visited_TR(map_TE: Tensor, ranks: int) -> Tensor:
-    return map_TE.view(map_TE.shape[0], ranks, map_TE.shape[1] // ranks).any(dim=-1)
-
-
 class PendingPlan:
     """A plan whose counts are on their way: begun as soon as the map exists, finished when the sizes are needed.
 
@@ -208,7 +206,8 @@ class PendingPlan:
         self.expert_rank, self.tensor_rank = expert_rank, tensor_rank
         self.shape = expert_ranks, tensor_ranks
         rows_E = map_TE.sum(dim=0, dtype=torch.int64)
-        pairs_R = _visited_TR(self.map_TE, expert_ranks).sum(dim=0, dtype=torch.int64)
+        self.visited_TR = self.map_TE.unflatten(1, (expert_ranks, -1)).any(dim=-1)
+        pairs_R = self.visited_TR.sum(dim=0, dtype=torch.int64)
         self._mine = torch.cat([rows_E, pairs_R])
         self._work = None
         self._all = self._mine.unsqueeze(0)
@@ -241,5 +240,6 @@ class PendingPlan:
             total_pairs=next(host),
             tensor_rank=self.tensor_rank,
             map_TE=self.map_TE,
+            visited_TR=self.visited_TR,
             rows_PRL=rows_PRL,
         )

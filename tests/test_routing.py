@@ -79,6 +79,7 @@ def plan_of(received_PRL, pairs_received_PR):
         total_pairs=0,
         tensor_rank=0,
         map_TE=torch.zeros(0, experts, dtype=torch.bool),
+        visited_TR=torch.zeros(0, len(received_PRL[0]), dtype=torch.bool),
         rows_PRL=torch.tensor(received_PRL),
     )
 
