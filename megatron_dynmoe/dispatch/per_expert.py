@@ -15,7 +15,7 @@ from megatron_dynmoe.dispatch.moves import (
     scatter_rows,
     take_rows,
 )
-from megatron_dynmoe.dispatch.transport import Transport
+from megatron_dynmoe.dispatch.transport import SortChunks, Transport
 from megatron_dynmoe.routing import RoutePlan
 
 # A chunk is a sender's rows for a local expert. Up to so many are split and concatenated, a view each; from there on an
@@ -41,25 +41,27 @@ class PerExpertTransport(Transport):
         if len(sizes) > 1:
             rows, weights = gather_over(rows, sizes, self.tensor_group), gather_over(weights, sizes, self.tensor_group)
         if self.sort_chunks is not None and rows.shape[0] and _mixed(self.plan):
-            return self._sort(rows, self.plan.rows_PRL.flatten(0, 1), weights)
+            return _sort(self.sort_chunks, rows, self.plan.rows_PRL.flatten(0, 1), weights)
         return group_by_expert(rows, self.plan), group_by_expert(weights, self.plan)
 
     def repack(self, rows_ND: Tensor) -> Tensor:
         """Back to the order of arrival; summed over the expert-tensor-parallel group."""
         if self.sort_chunks is not None and rows_ND.shape[0] and _mixed(self.plan):
-            rows, _ = self._sort(rows_ND, self.plan.rows_PRL.flatten(0, 1).t(), None)
+            rows, _ = _sort(self.sort_chunks, rows_ND, self.plan.rows_PRL.flatten(0, 1).t(), None)
         else:
             rows = ungroup_by_expert(rows_ND, self.plan)
         sizes = self.plan.gathered_splits("expert")
         return reduce_scatter_over(rows, sizes, self.tensor_group) if len(sizes) > 1 else rows
 
-    def _sort(self, rows: Tensor, sizes_AB: Tensor, weights: Tensor | None) -> tuple[Tensor, Any]:
-        order_AB = torch.arange(sizes_AB.numel(), device=rows.device).view(sizes_AB.shape)
-        return self.sort_chunks(rows, sizes_AB.flatten(), order_AB.t().flatten(), weights)
-
     def unpack_back(self, rows: Tensor, num_tokens: int, onto_TD: Tensor | None = None) -> Tensor:
         """Sum the rows of each token."""
         return scatter_rows(rows, self.plan.token_of_row_N, num_tokens, onto_TD)
+
+
+def _sort(sort: SortChunks, rows: Tensor, sizes_AB: Tensor, weights: Tensor | None) -> tuple[Tensor, Any]:
+    """Chunks that stand A major, B minor, to B major, A minor."""
+    order_AB = torch.arange(sizes_AB.numel(), device=rows.device).view(sizes_AB.shape)
+    return sort(rows, sizes_AB.flatten(), order_AB.t().flatten(), weights)
 
 
 def group_by_expert(rows: Tensor, plan: RoutePlan) -> Tensor:

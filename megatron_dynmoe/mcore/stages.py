@@ -64,6 +64,6 @@ def seen_by_schedule(config: TransformerConfig, width: int) -> TransformerConfig
     training sets hooks on the configuration that it gets here.
     """
     fixed = {"hidden_size": property(lambda _: width), "variable_seq_lengths": property(lambda _: False)}
-    seen = object.__new__(type("ScheduleConfig", (type(config),), fixed))
+    seen: Any = object.__new__(type("ScheduleConfig", (type(config),), fixed))
     seen.__dict__ = config.__dict__
     return seen
