@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import torch
@@ -67,7 +68,10 @@ class RoutePlan:
         total_rows, total_pairs: over all ranks of the group.
         tensor_rank: this rank's index in the expert-tensor-parallel group.
         map_TE: bool, the map that the plan was made of.
-        rows_L: int64, rows that each local expert computes, on the device: grouped GEMMs take it from there.
+        visited_TR: bool, the ranks that each token visits, by that map.
+        rows_PRL: int64, the same as received_PRL on the device.
+
+    What is summed from these is computed once; nobody may change a list that is handed out.
     """
 
     sent_E: tuple[int, ...]
@@ -78,7 +82,8 @@ class RoutePlan:
     total_pairs: int
     tensor_rank: int
     map_TE: Tensor
-    rows_L: Tensor
+    visited_TR: Tensor
+    rows_PRL: Tensor
 
     @classmethod
     def build(cls, map_TE: Tensor, **layout: Any) -> RoutePlan:
@@ -94,7 +99,7 @@ class RoutePlan:
     @cached_property
     def pair_index_M2(self) -> Tensor:
         """int64 [M, 2]: (rank, token) of each pair sent, ordered by rank, then token."""
-        return torch.nonzero_static(_visited_TR(self.map_TE, len(self.pairs_sent_R)).t(), size=sum(self.pairs_sent_R))
+        return torch.nonzero_static(self.visited_TR.t(), size=sum(self.pairs_sent_R))
 
     @property
     def expert_of_row_N(self) -> Tensor:
@@ -106,7 +111,26 @@ class RoutePlan:
         """int64 [N]: the token of each row sent."""
         return self.row_index_N2[:, 1]
 
-    @property
+    @cached_property
+    def arrival_index_N(self) -> Tensor:
+        """int64 [N]: the place, in the order of arrival, of each row by local expert, then sender.
+
+        Made on the device in a number of kernels that the number of chunks does not change.
+        """
+        sizes_SL = self.rows_PRL.flatten(0, 1)
+        sizes_K, by_expert_K = sizes_SL.flatten(), sizes_SL.t().flatten()
+        starts_K = (sizes_K.cumsum(0) - sizes_K).view_as(sizes_SL).t().flatten()
+        shift_K = starts_K - (by_expert_K.cumsum(0) - by_expert_K)
+        rows = sum(self.rows_per_expert_L)
+        shift_N = torch.repeat_interleave(shift_K, by_expert_K, output_size=rows)
+        return shift_N.add_(torch.arange(rows, device=shift_N.device))
+
+    @cached_property
+    def rows_L(self) -> Tensor:
+        """int64 [L]: rows that each local expert computes, on the device: grouped GEMMs take it from there."""
+        return self.rows_PRL.sum(dim=(0, 1))
+
+    @cached_property
     def rows_sent(self) -> int:
         """N: rows of this rank's tokens, whoever computes them."""
         return sum(self.sent_E)
@@ -115,6 +139,10 @@ class RoutePlan:
         """Rows on the wire, (received from, sent to) each expert-parallel rank, when ``unit`` is "expert" or "rank"."""
         if unit == "rank":
             return list(self.pairs_received_PR[self.tensor_rank]), list(self.pairs_sent_R)
+        return self._row_splits
+
+    @cached_property
+    def _row_splits(self) -> tuple[list[int], list[int]]:
         ranks = len(self.pairs_sent_R)
         local = len(self.sent_E) // ranks
         sent = [sum(self.sent_E[r * local : (r + 1) * local]) for r in range(ranks)]
@@ -124,22 +152,22 @@ class RoutePlan:
         """Rows that each rank of the expert-tensor-parallel group received, which the group then gathers."""
         if unit == "rank":
             return [sum(pairs) for pairs in self.pairs_received_PR]
-        return [sum(sum(row) for row in ranks) for ranks in self.received_PRL]
+        return self._gathered_rows_P
 
-    @property
-    def rows_per_expert_L(self) -> list[int]:
-        """Rows that each local expert computes."""
-        chunks = [row for ranks in self.received_PRL for row in ranks]
-        return [sum(column) for column in zip(*chunks, strict=True)]
+    @cached_property
+    def _gathered_rows_P(self) -> list[int]:
+        return [sum(map(sum, ranks)) for ranks in self.received_PRL]
 
-    @property
+    @cached_property
     def chunks_PRL(self) -> list[int]:
         """Rows of each arriving chunk, in order of arrival: sender major, local expert minor."""
         return [rows for ranks in self.received_PRL for row in ranks for rows in row]
 
-
-def _visited_TR(map_TE: Tensor, ranks: int) -> Tensor:
-    return map_TE.view(map_TE.shape[0], ranks, map_TE.shape[1] // ranks).any(dim=-1)
+    @cached_property
+    def rows_per_expert_L(self) -> list[int]:
+        """Rows that each local expert computes."""
+        chunks = [row for ranks in self.received_PRL for row in ranks]
+        return [sum(column) for column in zip(*chunks, strict=True)]
 
 
 class PendingPlan:
@@ -178,7 +206,8 @@ class PendingPlan:
         self.expert_rank, self.tensor_rank = expert_rank, tensor_rank
         self.shape = expert_ranks, tensor_ranks
         rows_E = map_TE.sum(dim=0, dtype=torch.int64)
-        pairs_R = _visited_TR(self.map_TE, expert_ranks).sum(dim=0, dtype=torch.int64)
+        self.visited_TR = self.map_TE.unflatten(1, (expert_ranks, -1)).any(dim=-1)
+        pairs_R = self.visited_TR.sum(dim=0, dtype=torch.int64)
         self._mine = torch.cat([rows_E, pairs_R])
         self._work = None
         self._all = self._mine.unsqueeze(0)
@@ -200,7 +229,7 @@ class PendingPlan:
         host = iter(torch.cat([self._mine, rows_PRL.reshape(-1), pairs_PR.reshape(-1), totals]).tolist())
 
         def take(count: int) -> tuple[int, ...]:
-            return tuple(next(host) for _ in range(count))
+            return tuple(islice(host, count))
 
         return RoutePlan(
             sent_E=take(experts),
@@ -211,5 +240,6 @@ class PendingPlan:
             total_pairs=next(host),
             tensor_rank=self.tensor_rank,
             map_TE=self.map_TE,
-            rows_L=rows_PRL.sum(dim=(0, 1)),
+            visited_TR=self.visited_TR,
+            rows_PRL=rows_PRL,
         )

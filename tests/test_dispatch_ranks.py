@@ -119,12 +119,24 @@ def check_gather_and_reduce_scatter() -> None:
     dist.init_process_group("gloo")
     rank, sizes = dist.get_rank(), [3, 0, 2]
     rows = (torch.arange(sizes[rank] * 2.0).view(-1, 2) + 100 * rank).requires_grad_()
+    sent, swap = [], dist.batch_isend_irecv
+    dist.batch_isend_irecv = lambda moves: sent.extend(m.tensor for m in moves if m.op is dist.isend) or swap(moves)
     gathered = gather_over(rows, sizes, dist.group.WORLD)
+    assert [piece.data_ptr() for piece in sent] == [rows.data_ptr()] * (2 if sizes[rank] else 0)  # itself, no copies
     assert gathered.tolist() == [[0, 1], [2, 3], [4, 5], [200, 201], [202, 203]]
     (gathered * (rank + 1)).sum().backward()
     assert rows.grad.eq(1 + 2 + 3).all()
     back = reduce_scatter_over(gathered.detach(), sizes, dist.group.WORLD)
     assert torch.equal(back, 3 * rows.detach())
+    parts = gathered.detach().requires_grad_()
+    (reduce_scatter_over(parts, sizes, dist.group.WORLD) * (rank + 1)).sum().backward()
+    assert parts.grad[:, 0].tolist() == [1, 1, 1, 3, 3]  # of each row, from the rank that keeps its sum
+    # 256 + 1 is lost in bfloat16; 256 + 1 + 1 in float32 is 258, which bfloat16 holds: forward and backward
+    wide = torch.full((5, 1), 256.0 if rank == 0 else 1.0, dtype=torch.bfloat16)
+    assert reduce_scatter_over(wide, sizes, dist.group.WORLD).eq(258).all()
+    narrow = torch.zeros(sizes[rank], 1, dtype=torch.bfloat16, requires_grad=True)
+    gather_over(narrow, sizes, dist.group.WORLD).backward(wide)
+    assert narrow.grad.eq(258).all()
     dist.destroy_process_group()
 
 

@@ -30,9 +30,21 @@ def flags(layout):
     return [*model, *ROUTER, *(LAYOUTS | DISTRIBUTED_OPTIMIZER)[layout][1].split()]
 
 
+def pretrain_without_shapes(argv):
+    """The entry; stages that tell each other shapes, which waits for the device each time, end the run."""
+    from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+
+    def exchange(*_):
+        raise AssertionError("a stage asked for the shape of what it receives")
+
+    P2PCommunicator._communicate_shapes = exchange
+    return ranks.pretrain(argv)
+
+
 def run(layout, *extra, folder):
     argv = [*flags(layout), "--tensorboard-dir", str(folder / "tb"), *extra]
-    ranks.call(ranks.pretrain, argv, ranks=(LAYOUTS | DISTRIBUTED_OPTIMIZER)[layout][0], folder=folder)
+    number = (LAYOUTS | DISTRIBUTED_OPTIMIZER)[layout][0]
+    ranks.call(pretrain_without_shapes, argv, ranks=number, folder=folder)
     return {name: read_scalars(folder / "tb", name) for name in SCALARS}
 
 
@@ -63,6 +75,54 @@ def test_layout_equals_serial(start, serial, layout, tmp_path):
         for iteration, value in got[name].items():
             # As in test_parallel.py, where the bound is derived: 10 * 16 roundings.
             assert math.isclose(value, serial[name][iteration], rel_tol=2**-24 * 160), (name, iteration)
+
+
+EVALUATION = ("--eval-iters", "1", "--eval-interval", "1", "--split", "50,50,0", "--exit-interval", "2")
+
+
+def test_stages_before_the_first_mixture_exchange_shapes(tmp_path):
+    """The tensor is narrower there than behind it; with a first stage that has a mixture nothing is exchanged."""
+    argv = [*flags("vpp2"), *EVALUATION]
+    ranks.call(pretrain_without_shapes, argv, ranks=2, folder=tmp_path / "mixture first")
+    argv[argv.index("--moe-layer-freq") + 1] = "[0,0,1,1]"
+    ranks.call(ranks.pretrain, argv, ranks=2, folder=tmp_path / "dense first")
+    refused = ranks.start(pretrain_without_shapes, argv, ranks=2, folder=tmp_path / "and asks")
+    assert all(refused.wait()) and "a stage asked for the shape" in refused.output()
+
+
+@pytest.mark.parametrize(
+    ("changes", "wide"),
+    [
+        ({}, True),
+        ({"virtual_pipeline_model_parallel_size": 2}, True),
+        ({"moe_layer_freq": [0, 1, 1, 1]}, True),
+        ({"moe_layer_freq": [0, 0, 1, 1]}, False),
+        ({"moe_layer_freq": [0, 0, 1, 1], "num_layers_in_first_pipeline_stage": 3}, True),
+        ({"moe_layer_freq": [0, 1, 1, 1], "virtual_pipeline_model_parallel_size": 2}, False),
+        ({"pipeline_model_parallel_layout": "Et|tt|t|L"}, False),
+        ({"pipeline_model_parallel_layout": "E|tt|t|tL"}, False),
+        ({"pipeline_model_parallel_layout": "Et|t|t|tL"}, True),
+    ],
+    ids=str,
+)
+def test_width_between_stages(changes, wide):
+    import torch
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from megatron_dynmoe.config import DynMoEConfig
+    from megatron_dynmoe.mcore.stages import seen_by_schedule, width_between_stages
+
+    dynmoe = DynMoEConfig(gating_residual=True, copy_experts=1, rule="top-k")
+    for dtype, channels in ((torch.float32, 5), (torch.bfloat16, 10)):
+        model = {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "num_moe_experts": 4}
+        stages = {"pipeline_model_parallel_size": 2, "pipeline_dtype": dtype, "params_dtype": dtype}
+        config = TransformerConfig(**model, **stages, **changes)
+        assert width_between_stages(config, dynmoe) == (32 + channels if wide else None)
+    config.variable_seq_lengths = True
+    seen = seen_by_schedule(config, 42)
+    assert (seen.hidden_size, seen.variable_seq_lengths) == (42, False) and isinstance(seen, TransformerConfig)
+    seen.grad_scale_func = len  # as training does
+    assert config.grad_scale_func is len and (config.hidden_size, config.variable_seq_lengths) == (32, True)
 
 
 def test_tokens_go_to_every_kind_of_expert(serial):

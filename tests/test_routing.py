@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_dynmoe.dispatch import TRANSPORTS, choose_unit, combine, dispatch, wire_bytes
+from megatron_dynmoe.dispatch import TRANSPORTS, choose_unit, combine, dispatch, per_expert, wire_bytes
+from megatron_dynmoe.dispatch.align import align_rows, aligned_sizes, unalign_rows
 from megatron_dynmoe.dispatch.moves import scatter_rows
 from megatron_dynmoe.dispatch.per_expert import group_by_expert, ungroup_by_expert
 from megatron_dynmoe.routing import RoutePlan
@@ -76,7 +79,8 @@ def plan_of(received_PRL, pairs_received_PR):
         total_pairs=0,
         tensor_rank=0,
         map_TE=torch.zeros(0, experts, dtype=torch.bool),
-        rows_L=torch.zeros(len(received_PRL[0][0]), dtype=torch.int64),
+        visited_TR=torch.zeros(0, len(received_PRL[0]), dtype=torch.bool),
+        rows_PRL=torch.tensor(received_PRL),
     )
 
 
@@ -92,14 +96,99 @@ def test_chunks_change_places_and_return():
     assert torch.equal(ungroup_by_expert(grouped, plan), rows)
 
 
-def test_alignment_by_hand():
-    from megatron_dynmoe.dispatch.align import align_rows, aligned_sizes, unalign_rows
+@pytest.mark.parametrize("tensor_ranks", [1, 2])
+def test_many_chunks_by_an_index_are_as_few_by_views(monkeypatch, tensor_ranks):
+    """One permutation of rows, by both forms: nothing is computed, so equal to the bit, and so are the gradients."""
+    sizes = torch.randint(0, 4, (tensor_ranks, 5, 7), generator=torch.Generator().manual_seed(3))
+    sizes[0, 1] = sizes[:, :, 2] = 0  # a sender without rows, an expert without rows
+    plan = plan_of(tuple(tuple(map(tuple, ranks)) for ranks in sizes.tolist()), ((0,) * 5,) * tensor_ranks)
+    total = int(sizes.sum())
+    x, factor = torch.randn(total, 3, requires_grad=True), torch.randn(total, 3)
 
+    def run(few):
+        monkeypatch.setattr(per_expert, "FEW_CHUNKS", few)
+        grouped = group_by_expert(x, plan)
+        back = ungroup_by_expert(grouped * factor, plan)
+        return grouped, back, torch.autograd.grad((back * factor).sum(), x)[0]
+
+    by_views, by_index = run(10**6), run(0)
+    assert all(map(torch.equal, by_views, by_index))
+    assert not torch.equal(by_index[0], x)
+
+
+def test_sums_of_a_plan_are_computed_once():
+    plan = plan_of((((1, 2), (0, 1), (2, 0)),), ((2, 1, 2),))
+    for name in ("rows_per_expert_L", "chunks_PRL", "arrival_index_N", "rows_L"):
+        assert getattr(plan, name) is getattr(plan, name), name
+    assert plan.wire_splits("expert") is plan.wire_splits("expert")
+    assert plan.gathered_splits("expert") is plan.gathered_splits("expert")
+
+
+def kernels(function, *args):
+    """How many operations of torch a call launches, forward and backward."""
+    count = 0
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            nonlocal count
+            count += 1
+            return operation(*args, **(kwargs or {}))
+
+    with Count():
+        function(*args).sum().backward()
+    return count
+
+
+def test_alignment_by_hand():
     rows, sizes = torch.tensor([1.0, 2, 3, 4, 5]), [3, 0, 2]
     assert aligned_sizes(sizes, 2) == [4, 0, 2]
     aligned = align_rows(rows, sizes, 2)
     assert aligned.tolist() == [1, 2, 3, 0, 4, 5]
     assert torch.equal(unalign_rows(aligned, sizes, 2), rows)
+
+
+@pytest.mark.parametrize("sizes", [[3, 0, 2, 5], [0, 0], [4, 8], [0, 1]], ids=str)
+def test_alignment_is_padding_of_each_group(sizes):
+    """Against the obvious form, a group at a time: rows are moved, so equal to the bit, and so are the gradients."""
+    x = torch.randn(sum(sizes), 3, requires_grad=True)
+    padded = [F.pad(group, (0, 0, 0, -len(group) % 4)) for group in x.split(sizes)]
+    wanted, got = torch.cat(padded), align_rows(x, sizes, 4)
+    assert torch.equal(got, wanted)
+    factor = torch.randn_like(wanted)
+    grads = [torch.autograd.grad((aligned * factor).sum(), x)[0] for aligned in (wanted, got)]
+    assert torch.equal(*grads)
+    y = torch.randn_like(wanted, requires_grad=True)
+    groups = zip(y.split(aligned_sizes(sizes, 4)), sizes, strict=True)
+    wanted, got = torch.cat([group[:size] for group, size in groups]), unalign_rows(y, sizes, 4)
+    assert torch.equal(got, wanted)
+    factor = torch.randn_like(wanted)
+    assert torch.equal(*(torch.autograd.grad((rows * factor).sum(), y)[0] for rows in (wanted, got)))
+
+
+@pytest.mark.parametrize("function", [align_rows, unalign_rows])
+def test_alignment_launches_as_much_for_many_experts_as_for_few(function):
+    few, many = (kernels(function, torch.randn(16 * n, 2, requires_grad=True), [16] * n, 16) for n in (2, 40))
+    assert few == many
+
+
+def test_chunks_are_sorted_by_the_kernel_that_is_handed_in():
+    """megatron-core's own function stands for Transformer Engine's, whose arguments and order it has."""
+    from megatron.core.transformer.moe.moe_utils import sort_chunks_by_idxs
+
+    calls = []
+
+    def sort(*args):
+        calls.append(args[-1] is not None)
+        return sort_chunks_by_idxs(*args)
+
+    plan = plan_of((((1, 2, 0), (0, 1, 3), (2, 0, 1)),), ((0, 0, 0),))
+    rows, weights = torch.randn(10, 2), torch.rand(10)
+    transport = TRANSPORTS["expert"](plan, sort_chunks=sort)
+    grouped, grouped_weights = transport.unpack(rows, weights)
+    assert torch.equal(grouped, group_by_expert(rows, plan))
+    assert torch.equal(grouped_weights, group_by_expert(weights, plan))
+    assert torch.equal(transport.repack(grouped), rows)
+    assert calls == [True, False]
 
 
 def test_auto_takes_the_unit_that_moves_fewer_bytes():

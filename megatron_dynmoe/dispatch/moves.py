@@ -1,4 +1,6 @@
-"""The primitive moves with their backward passes: gather and scatter-add, uneven all-to-all in two halves."""
+"""The primitive moves with their backward passes: gather and scatter-add, rows to other places, uneven all-to-all in
+two halves, gather and reduce-scatter of unequal parts.
+"""
 
 from __future__ import annotations
 
@@ -61,6 +63,40 @@ def scatter_rows(rows_ND: Tensor, index_N: Tensor, size: int, onto_TD: Tensor | 
     if onto_TD is not None and onto_TD.dtype == _wide(rows_ND):
         return onto_TD.index_add_(0, index_N, rows_ND)  # autograd's own, which knows what to do where it is a view
     return _Scatter.apply(rows_ND, index_N, size, onto_TD)
+
+
+class _Take(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows: Tensor, index_N: Tensor) -> Tensor:
+        ctx.save_for_backward(index_N)
+        ctx.size = rows.shape[0]
+        return rows.index_select(0, index_N)
+
+    @staticmethod
+    def backward(ctx, grad_ND: Tensor) -> tuple[Tensor, None]:
+        return put_rows(grad_ND, ctx.saved_tensors[0], ctx.size), None
+
+
+class _Put(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows_ND: Tensor, index_N: Tensor, size: int) -> Tensor:
+        ctx.save_for_backward(index_N)
+        make = rows_ND.new_empty if size == rows_ND.shape[0] else rows_ND.new_zeros
+        return make(size, *rows_ND.shape[1:]).index_copy_(0, index_N, rows_ND)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        return take_rows(grad, ctx.saved_tensors[0]), None, None
+
+
+def take_rows(rows: Tensor, index_N: Tensor) -> Tensor:
+    """rows[index] for an index that names no row twice: its backward copies where that of a gather has to sum."""
+    return _Take.apply(rows, index_N)
+
+
+def put_rows(rows_ND: Tensor, index_N: Tensor, size: int) -> Tensor:
+    """The reverse of :func:`take_rows`: [size, D] with row n at index[n], places all different, and zeros elsewhere."""
+    return _Put.apply(rows_ND, index_N, size)
 
 
 class _Start(torch.autograd.Function):
@@ -150,18 +186,56 @@ def all_to_all(
     return Exchange(rows, output_splits, input_splits, group).wait()
 
 
+class _GatherOver(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows: Tensor, sizes_P: list[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.sizes_P, ctx.group = sizes_P, group
+        return _gather(rows, sizes_P, group)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _reduce(grad, ctx.sizes_P, ctx.group), None, None
+
+
+class _ReduceOver(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows: Tensor, sizes_P: list[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.sizes_P, ctx.group = sizes_P, group
+        return _reduce(rows, sizes_P, group)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _gather(grad, ctx.sizes_P, ctx.group), None, None
+
+
+def _gather(rows: Tensor, sizes_P: list[int], group: dist.ProcessGroup) -> Tensor:
+    rows, me, peers = rows.contiguous(), dist.get_rank(group), range(len(sizes_P))
+    out = rows.new_empty(sum(sizes_P), *rows.shape[1:])
+    parts = out.split(sizes_P)
+    parts[me].copy_(rows)
+    # Messages, not an all-to-all of copies. All ranks know the sizes: an empty part is neither sent nor awaited.
+    moves = [dist.P2POp(dist.isend, rows, group=group, group_peer=p) for p in peers if p != me and sizes_P[me]]
+    moves += [dist.P2POp(dist.irecv, parts[p], group=group, group_peer=p) for p in peers if p != me and sizes_P[p]]
+    for work in dist.batch_isend_irecv(moves) if moves else ():
+        work.wait()
+    return out
+
+
+def _reduce(rows: Tensor, sizes_P: list[int], group: dist.ProcessGroup) -> Tensor:
+    mine = sizes_P[dist.get_rank(group)]
+    parts = all_to_all(rows, [mine] * len(sizes_P), sizes_P, group)
+    return parts.view(len(sizes_P), mine, *rows.shape[1:]).sum(dim=0, dtype=_wide(rows)).to(rows.dtype)
+
+
 def gather_over(rows: Tensor, sizes_P: list[int], group: dist.ProcessGroup) -> Tensor:
     """The rows of all ranks of ``group``, in rank order; rank p holds ``sizes_P[p]`` of them.
 
-    An all-gather of unequal parts, said as an all-to-all: the same bytes on the wire, nothing padded, and gloo, which
-    has no uneven all-gather, can do it.  Its backward sums the gradients of all ranks.
+    An all-gather of unequal parts, which gloo has not and NCCL emulates, said as a message to each rank: nothing is
+    padded, nothing copied before it is sent.  Its backward sums the gradients of all ranks, in float32.
     """
-    copies = rows.repeat(len(sizes_P), *([1] * (rows.dim() - 1)))
-    return all_to_all(copies, sizes_P, [rows.shape[0]] * len(sizes_P), group)
+    return _GatherOver.apply(rows, sizes_P, group)
 
 
 def reduce_scatter_over(rows: Tensor, sizes_P: list[int], group: dist.ProcessGroup) -> Tensor:
     """The reverse of :func:`gather_over`: sum over ranks, in float32; each keeps the part that is its own."""
-    mine = sizes_P[dist.get_rank(group)]
-    parts = all_to_all(rows, [mine] * len(sizes_P), sizes_P, group)
-    return parts.view(len(sizes_P), mine, *rows.shape[1:]).sum(dim=0, dtype=_wide(rows)).to(rows.dtype)
+    return _ReduceOver.apply(rows, sizes_P, group)

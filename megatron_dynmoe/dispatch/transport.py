@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_dynmoe.dispatch.moves import Exchange
 from megatron_dynmoe.routing import RoutePlan
+
+SortChunks = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Any]]
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,9 @@ class Transport(ABC):
         plan: the counts.
         group: the expert-parallel group; ``None`` or one rank: nothing crosses.
         tensor_group: the expert-tensor-parallel group, whose ranks gather each other's rows and sum their outputs.
+        sort_chunks: puts chunks of per-expert rows into another order, with their weights, in place of torch's own
+            operations: (rows, sizes of the chunks, the chunks in their new order, weights or ``None``), as
+            megatron-core's ``sort_chunks_by_idxs`` (moe_utils.py:572). It is not called without rows.
     """
 
     unit: str
@@ -40,8 +47,9 @@ class Transport(ABC):
         *,
         group: dist.ProcessGroup | None = None,
         tensor_group: dist.ProcessGroup | None = None,
+        sort_chunks: SortChunks | None = None,
     ) -> None:
-        self.plan, self.group, self.tensor_group = plan, group, tensor_group
+        self.plan, self.group, self.tensor_group, self.sort_chunks = plan, group, tensor_group, sort_chunks
 
     @property
     def splits(self) -> tuple[list[int], list[int]]:

@@ -2,7 +2,8 @@
 
 Written as separate operations, act(gate) * up * weight reads and writes ten tensors of [N, F], forward and backward,
 and keeps three of them.  Here the backward pass computes them again.  On a CPU the rows are taken in blocks, so that
-what lies between stays in the cache: that halves its time there (benchmarks/layer_parts.py).
+what lies between stays in the cache: that halves its time there (benchmarks/layer_parts.py).  On a GPU these are still
+four kernels forward and more backward, with float32 between them; a fused one is handed to ``grouped_mlp``.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from megatron_dynmoe.experts.blocks import blocks
 _ELEMENTS_PER_THREAD = 1 << 17
 
 Activation = Callable[[Tensor], Tensor]
+FusedActivation = Callable[[Tensor, Tensor], Tensor]  # [N, 2F], [N] float32 -> [N, F]
 
 
 def gated_activation(

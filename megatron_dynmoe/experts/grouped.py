@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_dynmoe.experts.activation import gated_activation
+from megatron_dynmoe.experts.activation import FusedActivation, gated_activation
 
 
 def grouped_mlp(
@@ -21,6 +21,7 @@ def grouped_mlp(
     activation: Callable[[Tensor], Tensor] = F.silu,
     gated: bool = True,
     offset: float = 0.0,
+    fused: FusedActivation | None = None,
 ) -> Tensor:
     """Apply each expert to its rows and multiply by the row's weight.
 
@@ -34,6 +35,8 @@ def grouped_mlp(
         fc2_LDF: second weight of each expert.
         offset: added to the up rows' output, if ``gated``.
         rows_per_expert_L: how many rows each expert has; they sum to N; any may be 0.
+        fused: computes :func:`gated_activation` of ``activation`` and ``offset`` in one kernel, and keeps no more for
+            backward; taken on a GPU, if ``gated`` and if there are rows.
 
     Returns:
         [N, D] in the dtype of ``rows_ND``.
@@ -42,7 +45,9 @@ def grouped_mlp(
         torch.as_tensor(rows_per_expert_L).cumsum(0).to(device=rows_ND.device, dtype=torch.int32, non_blocking=True)
     )
     hidden = _grouped_linear(rows_ND, fc1_LGD, ends_L)
-    if gated:
+    if gated and fused is not None and hidden.device.type != "cpu" and hidden.shape[0] > 0:
+        hidden = fused(hidden, weights_N)
+    elif gated:
         hidden = gated_activation(hidden, weights_N, activation, offset=offset)
     else:
         hidden = (activation(hidden) * weights_N.unsqueeze(-1)).to(rows_ND.dtype)

@@ -10,10 +10,17 @@ The allgather dispatcher takes ragged maps as they are and is used unchanged; fl
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
-from megatron.core.transformer.moe.moe_utils import get_align_size_for_quantization, permute, unpermute
+from megatron.core.transformer.moe.moe_utils import (
+    get_align_size_for_quantization,
+    permute,
+    sort_chunks_by_idxs,
+    unpermute,
+)
 from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -44,6 +51,8 @@ class VariableKAllToAllDispatcher(MoETokenDispatcher):
     ) -> None:
         super().__init__(config=config, pg_collection=pg_collection)
         self.unit = unit
+        # Transformer Engine's kernel; megatron-core refuses the flag where it is missing (transformer_config.py:2667).
+        self._sort_chunks = partial(sort_chunks_by_idxs, fused=True) if config.moe_permute_fusion else None
         self.counts_on_device = False  # set where the experts take them from there, which spares a copy
         self.pending: PendingPlan | None = None
         self.transport: Transport | None = None
@@ -72,7 +81,9 @@ class VariableKAllToAllDispatcher(MoETokenDispatcher):
         unit = self.unit
         if unit == "auto":
             unit = choose_unit(plan, width=x_TD.shape[1], itemsize=x_TD.element_size())
-        self.transport = TRANSPORTS[unit](plan, group=self.ep_group, tensor_group=self.tp_group)
+        self.transport = TRANSPORTS[unit](
+            plan, group=self.ep_group, tensor_group=self.tp_group, sort_chunks=self._sort_chunks
+        )
         self._count(x_TD)
         # Transformer Engine's fused permutation knows (token, expert) rows only, and asserts at least one.
         self._fused = self.config.moe_permute_fusion and unit == "expert" and plan.rows_sent > 0

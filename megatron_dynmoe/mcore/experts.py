@@ -12,7 +12,9 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.fusions.fused_bias_swiglu import weighted_bias_swiglu_impl
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, get_expert_parallel_rng_tracker_name
@@ -24,6 +26,7 @@ from torch import Tensor
 
 from megatron_dynmoe.config import ConfigError
 from megatron_dynmoe.experts import grouped_mlp
+from megatron_dynmoe.experts.activation import FusedActivation
 
 
 class TorchGroupedMLP(MegatronModule):
@@ -80,6 +83,7 @@ class TorchGroupedMLP(MegatronModule):
             activation=self.config.activation_func,
             gated=self.config.gated_linear_unit,
             offset=self.config.glu_linear_offset,
+            fused=fused_activation(self.config),
         )
         return out, None
 
@@ -173,6 +177,21 @@ def _merge(pieces: Sequence[Tensor], *, parts: int, axis: int) -> Tensor:
     return torch.stack(experts)
 
 
+def fused_activation(config: TransformerConfig) -> FusedActivation | None:
+    """megatron-core's compiled SwiGLU with the row's weight in it (fusions/fused_bias_swiglu.py:261), if it is what
+    ``config`` computes and fusion is on (``--no-bias-swiglu-fusion`` turns it off); else ``None``.
+
+    It has the formula of our own, float32 product and sum for the weights' gradient included, and keeps the same two
+    tensors; compiled it rounds to the model's dtype less often.
+    """
+    swiglu = config.gated_linear_unit and config.activation_func is F.silu and config.glu_linear_offset == 0
+    return _weighted_swiglu if swiglu and config.bias_activation_fusion else None
+
+
+def _weighted_swiglu(hidden_NG: Tensor, weights_N: Tensor) -> Tensor:
+    return weighted_bias_swiglu_impl(hidden_NG, None, weights_N.unsqueeze(-1))
+
+
 def why_not_torch(config: TransformerConfig) -> str | None:
     """Why :class:`TorchGroupedMLP` cannot serve ``config``, as the end of a sentence; ``None`` if it can."""
     if config.add_bias_linear:
@@ -183,6 +202,8 @@ def why_not_torch(config: TransformerConfig) -> str | None:
         return "does not interleave gate and up rows"
     if config.activation_func_clamp_value is not None:
         return "does not clamp activations"
+    if config.activation_func_fp8_input_store:
+        return "keeps the activation's input in the model's dtype (activation_func_fp8_input_store)"
     width = config.moe_ffn_hidden_size // (config.expert_tensor_parallel_size or config.tensor_model_parallel_size)
     step = 16 // config.params_dtype.itemsize  # grouped_mm reads rows in units of 16 bytes
     if config.hidden_size % step or width % step:

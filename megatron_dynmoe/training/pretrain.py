@@ -20,6 +20,7 @@ from megatron_dynmoe.config import DynMoEConfig
 from megatron_dynmoe.launch.parent import end_with_parent, under_torchrun
 from megatron_dynmoe.mcore.adaptation import ExpertAdaptation
 from megatron_dynmoe.mcore.config import check_config
+from megatron_dynmoe.mcore.stages import fix_width
 from megatron_dynmoe.mcore.tracker import RoutingTracker
 from megatron_dynmoe.training import nan, report_failure, resume, stop
 from megatron_dynmoe.training.batch import get_embedding_ranks
@@ -126,7 +127,9 @@ def pretrain_config(args: Namespace, dynmoe: DynMoEConfig) -> PretrainConfigCont
         model.rope_scaling_factor = args.rope_scaling_factor  # which Megatron's own mapping leaves out
         model.transformer_layer_spec = partial(layer_spec, dynmoe=dynmoe)
         if dynmoe.gating_residual and args.pipeline_model_parallel_size > 1:
-            model.transformer.variable_seq_lengths = True  # stages tell each other how wide the hidden tensor is
+            if not model.transformer.variable_seq_lengths:
+                model.post_wrap_hooks.append(partial(fix_width, dynmoe=dynmoe))
+            model.transformer.variable_seq_lengths = True  # the hidden tensor is wider than the model's configuration
         if args.num_experts:
             check_config(model.transformer, dynmoe)
             check_experts(args, model.transformer, dynmoe)
