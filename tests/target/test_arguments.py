@@ -2,7 +2,7 @@
 
 The flags are the script's own, for each model file.  Checked is the whole way that training goes before it starts
 anything: our checks, Megatron's, the configurations of model and run.  What is accepted without Transformer Engine is
-then built, in small, on the meta device; with it where it is there (``tests/te``).
+then built, in small, on the meta device.
 """
 
 from __future__ import annotations
