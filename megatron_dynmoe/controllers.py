@@ -60,7 +60,9 @@ class Records:
         return cls(*counts, torch.zeros(buckets, width))
 
     @torch.no_grad()
-    def add(self, x_TD: Tensor, map_TE: Tensor, scores_TE: Tensor, active_E: Tensor) -> None:
+    def add(
+        self, x_TD: Tensor, map_TE: Tensor, scores_TE: Tensor, active_E: Tensor, valid_T: Tensor | None = None
+    ) -> None:
         """Count one micro-batch in place; nothing waits for the device.
 
         Args:
@@ -68,9 +70,12 @@ class Records:
             map_TE: bool, the routing.
             scores_TE: float32.
             active_E: bool.
+            valid_T: bool, the tokens that count; ``None``: all.
         """
-        self.rows_E += map_TE.sum(dim=0)
         unrouted_T = ~map_TE.any(dim=-1)
+        if valid_T is not None:
+            map_TE, unrouted_T = map_TE & valid_T.unsqueeze(-1), unrouted_T & valid_T
+        self.rows_E += map_TE.sum(dim=0)
         bucket_T = torch.zeros_like(unrouted_T, dtype=torch.int64)
         if len(self.unrouted_B) > 1:
             bucket_T = scores_TE.masked_fill(~active_E, -torch.inf).argmax(dim=-1)

@@ -104,14 +104,14 @@ class RoutingStats:
         """Count one routing at layer ``layer``; of its tokens those that ``valid_T`` (bool) names, or all."""
         map_TE, free_TZ = routing.map_TE, routing.free_map_TZ
         if valid_T is not None:
-            map_TE, free_TZ = map_TE[valid_T], free_TZ[valid_T]
+            map_TE, free_TZ = map_TE & valid_T.unsqueeze(-1), free_TZ & valid_T.unsqueeze(-1)
         if self.counts.device != map_TE.device:
             self.counts = self.counts.to(map_TE.device)
         with torch.no_grad():
             row = self.counts[layer]
             row[: self.num_experts] += map_TE.sum(dim=0)
             experts_T = map_TE.sum(dim=1) + self.num_experts
-            row.index_add_(0, experts_T, torch.ones_like(experts_T))
+            row.index_add_(0, experts_T, torch.ones_like(experts_T) if valid_T is None else valid_T.long())
             for place, columns in enumerate(free_TZ.split(list(self.free.values()), dim=1) if self.free else ()):
                 row[2 * self.num_experts + 1 + place] += columns.any(dim=1).sum()
             row[-2] += routing.dropped

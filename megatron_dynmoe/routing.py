@@ -14,7 +14,7 @@ a layer waits for the device.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from typing import Any
@@ -51,6 +51,18 @@ class Routing:
     def map_TC(self) -> Tensor:
         """bool, all experts that a token chose."""
         return torch.cat([self.map_TE, self.free_map_TZ], dim=-1)
+
+    def only(self, valid_T: Tensor) -> Routing:
+        """The same, but tokens that ``valid_T`` (bool) does not name choose nobody and add 0 to every loss.
+
+        They stay where they are: to take them out the host would have to wait for their number.
+        """
+        out_T1 = ~valid_T.unsqueeze(-1)
+        nothing_C = torch.full_like(self.logits_TC[:1], -torch.inf)  # whose logsumexp is 0 with a 0 among them
+        nothing_C[:, 0] = 0
+        zeroed = ("weights_TE", "map_TE", "scores_TC", "free_weights_TZ", "free_map_TZ")
+        fields = {name: getattr(self, name).masked_fill(out_T1, 0) for name in zeroed}
+        return replace(self, logits_TC=torch.where(out_T1, nothing_C, self.logits_TC), **fields)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ What is redirected, and why:
 
 claim
     ``torch.cuda.is_available``, ``torch.cuda.device_count``, ``Tensor.is_cuda`` and ``Tensor.type`` speak of CUDA *to
-    megatron alone*: its initialisation, optimizers and token dispatcher insist. Everybody else (torch's DataLoader and
+    megatron alone*: its initialisation, optimizers and token dispatcher insist. The device is said to be a Hopper, so
+    that flags are refused here that would be refused there. Everybody else (torch's DataLoader and
     optimizers, transformers, this package) hears the truth and behaves as ever: nothing is redirected for their sake.
 placement
     ``"cuda"``, ``"cuda:0"`` and ``0`` as the device of a new tensor or of ``Tensor.to``, ``Tensor.cuda`` and

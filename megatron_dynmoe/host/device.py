@@ -1,6 +1,7 @@
 """The claim that there is a device, made to megatron alone, and placement: CUDA as the place of a tensor is the CPU."""
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -13,6 +14,7 @@ from torch.utils._device import _device_constructors
 from megatron_dynmoe.host.replace import replace
 
 _CPU = torch.device("cpu")
+QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS"
 
 
 def _asked_by_megatron() -> bool:
@@ -29,10 +31,13 @@ def redirect_device(undo: ExitStack) -> None:
         device_count=lambda: int(_asked_by_megatron()),
         current_device=lambda: 0,
         set_device=lambda device: None,
-        # Argument checks read the architecture; below 10 they want CUDA_DEVICE_MAX_CONNECTIONS=1 in the environment.
-        get_device_properties=lambda device=None: SimpleNamespace(name="cpu", major=10, minor=0),
-        get_device_capability=lambda device=None: (10, 0),
+        # Argument checks read the architecture: those of Hopper, which is trained on, are to be heard here as well.
+        get_device_properties=lambda device=None: SimpleNamespace(name="cpu", major=9, minor=0),
+        get_device_capability=lambda device=None: (9, 0),
     )
+    if QUEUES not in os.environ:  # what they ask for with tensor and context parallelism; it says nothing to a CPU
+        os.environ[QUEUES] = "1"
+        undo.callback(os.environ.pop, QUEUES, None)
 
 
 def _names_cuda(device: Any) -> bool:

@@ -79,10 +79,7 @@ class AdaptiveRouter(DynamicRouter):
         """Add these tokens to what this rank has seen, if a window is open."""
         if not self.recording:
             return
-        seen = x_TD, routing.map_TE, routing.scores_TC
-        if valid_T is not None:
-            seen = tuple(tensor[valid_T] for tensor in seen)
-        self.this_step.add(*seen, self.experts_mask)
+        self.this_step.add(x_TD, routing.map_TE, routing.scores_TC, self.experts_mask, valid_T)
 
 
 def _read_schedule(module: torch.nn.Module, _: Any) -> None:

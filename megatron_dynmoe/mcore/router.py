@@ -177,15 +177,9 @@ class DynamicRouter(Router):
         """Weighted losses, logged per layer, attached to the weights so that backward reaches them."""
         if not has_losses(self.dynmoe):
             return routing.weights_TE
-        if valid_T is not None:
-            kept = {
-                name: getattr(routing, name)[valid_T]
-                for name in ("weights_TE", "map_TE", "scores_TC", "logits_TC", "free_weights_TZ", "free_map_TZ")
-            }
-            counted = replace(routing, **kept)
-        else:
-            counted = routing
-        losses = router_losses(counted, self.dynmoe, totals := self._totals(counted.map_TC), self.weight, self.active_E)
+        counted = routing if valid_T is None else routing.only(valid_T)
+        totals = self._totals(counted.map_TC, valid_T)
+        losses = router_losses(counted, self.dynmoe, totals, self.weight, self.active_E)
         for name, (_, loss) in losses.items():
             self._log(name, loss)
         total = sum(coeff * loss for coeff, loss in losses.values()) / self._applications
@@ -195,9 +189,9 @@ class DynamicRouter(Router):
             total = total * totals.tokens
         return MoEAuxLossAutoScaler.apply(routing.weights_TE, total)
 
-    def _totals(self, map_TC: Tensor) -> Totals:
-        local = [map_TC.sum(dim=0), map_TC.new_full((1,), 1).long() * len(map_TC), map_TC.any(dim=-1).sum().view(1)]
-        counts = torch.cat(local).float()
+    def _totals(self, map_TC: Tensor, valid_T: Tensor | None) -> Totals:
+        valid_T = map_TC.new_ones(len(map_TC)) if valid_T is None else valid_T
+        counts = torch.cat([map_TC.sum(dim=0), torch.stack([valid_T.sum(), map_TC.any(dim=-1).sum()])]).float()
         if self.tp_cp_group.size() > 1:
             torch.distributed.all_reduce(counts, group=self.tp_cp_group)
         tokens, routed = counts[-2].clamp_min(1), counts[-1].clamp_min(1)

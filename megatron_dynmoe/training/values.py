@@ -6,6 +6,8 @@ import math
 from argparse import Namespace
 from importlib.util import find_spec
 
+import torch
+
 from megatron_dynmoe.config import ConfigError
 from megatron_dynmoe.mcore.config import check_balancing
 from megatron_dynmoe.ranges import MOST_EXPERTS
@@ -81,6 +83,7 @@ def check_values(args: Namespace) -> None:
         _refuse("num_query_groups", args.num_query_groups, wanted)
     if args.transformer_impl == "transformer_engine" and find_spec("transformer_engine") is None:
         _refuse("transformer_impl", args.transformer_impl, "'local', as Transformer Engine is not installed")
+    _check_recipe(args)
 
 
 def check_ranks(args: Namespace) -> None:
@@ -100,6 +103,18 @@ def check_ranks(args: Namespace) -> None:
             f"--pipeline-model-parallel-size {pp} does not divide the world size, {args.world_size}; accepted: sizes "
             "whose product does."
         )
+
+
+def _check_recipe(args: Namespace) -> None:
+    """Transformer Engine refuses a recipe that the GPU lacks in the first step only."""
+    if args.fp8 and args.fp8_recipe == "mxfp8" and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability()
+        if capability < (10, 0):
+            gpu = ".".join(map(str, capability))
+            wanted = (
+                f"delayed, tensorwise or blockwise: this GPU's capability is {gpu}, and mxfp8 is for 10.0 (Blackwell)"
+            )
+            _refuse("fp8_recipe", args.fp8_recipe, wanted)
 
 
 def _check_layer_freq(freq: int | list[int], layers: int | None) -> None:
