@@ -128,6 +128,9 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-110}
 bin=$here/../.venv/bin # the checkout's own, if `make` has built it
 [[ -x $bin/torchrun ]] && made=$bin/torchrun && python=$bin/python
 export PYTHONPATH="$here/..${PYTHONPATH:+:$PYTHONPATH}"
+if [[ ${DRY_RUN:-0} == 1 ]]; then # print the command instead of running it
+    exec() { printf '%q ' "$@" && echo && exit; }
+fi
 exec "${python:-python3}" -m megatron_dynmoe.launch "${watch[@]}" -- "${TORCHRUN:-${made:-torchrun}}" \
     --nproc-per-node "${GPUS:-8}" "$here/pretrain_dynmoe.py" \
     "${model[@]}" "${training[@]}" "${layout[@]}" "${files[@]}" "$@"

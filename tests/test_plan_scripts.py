@@ -10,7 +10,7 @@ import pytest
 
 from megatron_dynmoe.config import DynMoEConfig
 from megatron_dynmoe.planning import Histogram, Layout, Model, PlanError
-from megatron_dynmoe.planning.expect import COLUMNS, Expectation
+from megatron_dynmoe.planning.expect import COLUMNS, Expectation, row_of
 from megatron_dynmoe.planning.fresh import fresh_k, fullest_k
 from megatron_dynmoe.planning.timing import layer_traffic
 from megatron_dynmoe.units import saving_wanted
@@ -55,6 +55,16 @@ def test_every_script_fits_80_gb_at_its_fullest(expectations, file):
         assert found.layout.expert == 8 and found.model.fused and found.model.routing != DynMoEConfig()
     if least > 8:  # it asks for no more than it needs
         assert not expectations[file.stem, least // 2].fullest["fits"]
+
+
+def test_the_documents_table_is_the_tools(expectations):
+    lines = (FILES[0].parent.parent.parent / "docs" / "cluster.md").read_text(encoding="utf-8").splitlines()
+    for file in FILES:
+        for world in WORLDS:
+            args = Namespace(**dict.fromkeys(plan_cluster.H100))
+            cluster = plan_cluster.cluster_of(args, world // 8, 8)
+            row = row_of(file.stem, cluster, expectations[file.stem, world])
+            assert "| " + " | ".join(row) + " |" in lines, "run the command above the table in docs/cluster.md again"
 
 
 def test_the_remedies_are_needed():

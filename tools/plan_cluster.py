@@ -4,8 +4,8 @@
     tools/plan_cluster.py examples/models/*.args --gpus 8 32 256    what each script's run needs and does, as expected
     tools/plan_cluster.py --model FILE --nodes 2 ... --mean-k 2     every TP x PP x EP layout of a model
 
-The first runs the pretrain.sh that lies beside the folder of the files, up to where it would start torchrun, and plans
-with the flags that it gives; flags of your own come after --, settings as for the script (FP8=1 tools/...).
+The first asks the pretrain.sh that lies beside the folder of the files what it would run (DRY_RUN=1), and plans with
+those flags; flags of your own come after --, settings as for the script (FP8=1 tools/...).
 The second takes the model from Megatron's flags, here or in the file --model names (what is given here wins), and the
 routing from --metrics-file of a run, or --mean-k, uniform or with --zipf-exponent.
 See docs/cluster.md for what is counted and what is not.
@@ -14,6 +14,7 @@ See docs/cluster.md for what is counted and what is not.
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -87,21 +88,17 @@ def script_words(file: Path, nodes: int, gpus: int, own: Sequence[str] = ()) -> 
     script = file.resolve().parent.parent / "pretrain.sh"
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        stub = folder / "torchrun"
-        stub.write_text(f"#!/bin/bash\nprintf '%s\\n' \"$@\" >'{folder}/words'\n", encoding="utf-8")
-        stub.chmod(0o755)
         (folder / "text.idx").touch()
         (folder / "tokenizer.model").touch()
         given = {"DATA": f"{folder}/text", "TOKENIZER": f"{folder}/tokenizer.model", "SAVE": f"{folder}/save"}
-        given |= {"TORCHRUN": str(stub), "NNODES": str(nodes), "GPUS": str(gpus), "RESTARTS": "0"}
-        done = subprocess.run(
-            ["bash", str(script), file.stem, *own], env=os.environ | given, capture_output=True, text=True, check=False
-        )
-        if done.returncode or not (folder / "words").exists():
-            reason = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
-            raise PlanError(f"{script} refused {file.stem} on {nodes * gpus} GPUs: {reason[0]}")
-        words = (folder / "words").read_text(encoding="utf-8").splitlines()
-    entry = next(index for index, word in enumerate(words) if word.endswith(".py"))
+        given |= {"DRY_RUN": "1", "NNODES": str(nodes), "GPUS": str(gpus)}
+        command = ["bash", str(script), file.stem, *own]
+        done = subprocess.run(command, env=os.environ | given, capture_output=True, text=True, check=False)
+    words = shlex.split(done.stdout)
+    entry = next((place for place, word in enumerate(words) if word.endswith("pretrain_dynmoe.py")), None)
+    if done.returncode or entry is None:
+        reason = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+        raise PlanError(f"{script} refused {file.stem} on {nodes * gpus} GPUs: {reason[0]}")
     return words[entry + 1 :]
 
 
