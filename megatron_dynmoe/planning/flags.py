@@ -73,6 +73,7 @@ def add_model_flags(parser: ArgumentParser) -> None:
     group.add_argument("--moe-layer-freq", default="1")
     group.add_argument("--recompute-granularity", choices=("full", "selective"), default=None)
     group.add_argument("--init-method-std", type=float, default=0.02)
+    group.add_argument("--transformer-impl", default="transformer_engine")
     group.add_argument("--fp8-format", choices=("e4m3", "hybrid"), default=None)
     for name in LAYOUT:
         group.add_argument(_flag(name), type=int, default=None)
@@ -169,6 +170,7 @@ def model_of(args: Namespace) -> Model:
         init_std=args.init_method_std,
         query_key_norms=args.qk_layernorm,
         fused=args.moe_permute_fusion,
+        torch_kernels=args.transformer_impl == "local",
         fp8=args.fp8_format is not None,
         fp8_weights=args.fp8_param_gather,
     )

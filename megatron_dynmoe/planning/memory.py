@@ -85,12 +85,15 @@ def token_bytes(model: Model, *, moe: bool) -> float:
     layer without dropout and biases and with flash attention: inputs of the two norms, of the attention and of the
     feed-forward part (4 D), queries, keys and values as the GEMM gives them and, rotated, queries and keys once more,
     the attention's output, and 4 bytes of its log-sum a head.  Under sequence parallelism a rank has 1 / TP of all of
-    it.  A feed-forward part keeps the output of its first GEMM and the input of its second.
+    it.  A feed-forward part keeps the output of its first GEMM and the input of its second.  Norms by torch keep their
+    input and its norm in float32 instead of the input (mcore/norm.py), and rotary positions by torch their tables.
     """
     size = model.itemsize
     attention = 3 * (model.heads + model.query_groups) * model.head_width * size + 4 * model.heads
     width = model.shared_width if moe else model.dense_width
     extra = moe_token_bytes(model) - model.width * size if moe else 0
+    if model.torch_kernels and size < 4:
+        extra += 2 * (8 - size) * model.width + 4 * model.head_width * size
     return 4 * model.width * size + attention + model.matrices * width * size + extra
 
 

@@ -40,6 +40,7 @@ class Model:
         routing: gate, rule and bounds of the routers. init_std: ``--init-method-std``, of their weights.
         query_key_norms: queries and keys are normed (``--qk-layernorm``).
         fused: (token, expert) rows are permuted by Transformer Engine (``--moe-permute-fusion``).
+        torch_kernels: norms and rotary positions by torch (``--transformer-impl local``), which keep more.
         fp8: the experts compute in FP8. fp8_weights: weights are kept in it too (``--fp8-param-gather``).
     """
 
@@ -65,6 +66,7 @@ class Model:
     init_std: float = 0.02
     query_key_norms: bool = False
     fused: bool = False
+    torch_kernels: bool = False
     fp8: bool = False
     fp8_weights: bool = False
 
