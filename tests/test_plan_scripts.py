@@ -186,6 +186,24 @@ def check_nodes() -> None:
             assert not leaves_node(pairs[0], cpu)
         if rank > 0:
             assert leaves_node(pairs[1], cpu)
+    check_dispatcher()
+
+
+def check_dispatcher() -> None:
+    """The dispatcher asks once, on a GPU alone, and over all ranks that gather each other's rows."""
+    from types import SimpleNamespace
+    from unittest import mock
+
+    import torch
+
+    from megatron_dynmoe.mcore import dispatcher
+
+    for device, away, wanted, asked in (("cuda", True, 0.2, 1), ("cuda", False, 0.6, 1), ("cpu", True, 0.2, 0)):
+        ours = object.__new__(dispatcher.VariableKAllToAllDispatcher)
+        ours.config, ours.tp_ep_group, ours._link = SimpleNamespace(moe_permute_fusion=True), object(), None
+        with mock.patch.object(dispatcher, "leaves_node", return_value=away) as ask:
+            assert [round(ours._saving(torch.device(device)), 9) for _ in range(2)] == [wanted] * 2
+        assert ask.call_count == asked and all(call.args[0] is ours.tp_ep_group for call in ask.call_args_list)
 
 
 def test_ranks_know_whether_their_group_leaves_the_node(tmp_path):

@@ -63,7 +63,10 @@ def test_optimizer_state_is_split_over_those_who_share_parameters():
 def test_fp8_experts_keep_their_gemms_inputs_in_one_byte():
     model, layout = small(fp8=True), Layout(tensor=1, pipeline=1, expert=1, data=1, micro_batches=64)
     assert row_bytes(small()) == (64 + 3 * 32) * 2 + 4
-    assert row_bytes(model) == (64 + 32) + 2 * 32 * 2 + 4
+    assert row_bytes(model, fp8=True) == (64 + 32) + 2 * 32 * 2 + 4
+    ends = small(fp8=True, wide_ends=(1, 1))
+    kept = [memory(one, layout, 0, [LayerRows(computed=1)] * 4).routed for one in (small(), ends, model)]
+    assert kept[0] - kept[1] == kept[1] - kept[2] == 2 * (64 + 32)  # two of four layers each
     weights = [
         memory(one, layout, 0, [LayerRows()] * 4).weights for one in (small(), model, small(fp8=True, fp8_weights=True))
     ]

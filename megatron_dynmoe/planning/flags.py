@@ -36,6 +36,8 @@ _NUMBERS = {
     "seq_length": None,
     "micro_batch_size": None,
     "global_batch_size": None,
+    "num_layers_at_start_in_bf16": 1,
+    "num_layers_at_end_in_bf16": 1,
 }
 _SWITCHES = (
     "group_query_attention",
@@ -47,6 +49,7 @@ _SWITCHES = (
     "moe_permute_fusion",
     "qk_layernorm",
     "fp8_param_gather",
+    "first_last_layers_bf16",
 )
 # How the script of a run lays it out.
 LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size")
@@ -172,6 +175,9 @@ def model_of(args: Namespace) -> Model:
         fused=args.moe_permute_fusion,
         torch_kernels=args.transformer_impl == "local",
         fp8=args.fp8_format is not None,
+        wide_ends=(args.num_layers_at_start_in_bf16, args.num_layers_at_end_in_bf16)
+        if args.first_last_layers_bf16
+        else (0, 0),
         fp8_weights=args.fp8_param_gather,
     )
 

@@ -117,7 +117,7 @@ def moe_token_bytes(model: Model) -> int:
     return inputs * model.width * model.itemsize + kept * columns + 4 * routing.constant_experts
 
 
-def row_bytes(model: Model) -> int:
+def row_bytes(model: Model, *, fp8: bool = False) -> int:
     """Bytes kept for each row that a rank's experts compute: D + 3 F elements (without gate D + 2 F) and a weight.
 
     The row; the output of the first GEMM, 2 F with a gate; the weighted product, input of the second GEMM; the float32
@@ -125,7 +125,7 @@ def row_bytes(model: Model) -> int:
     FP8 the inputs of the two GEMMs, D + F, are kept in one byte.
     """
     inputs, hidden = model.width + model.expert_width, (model.matrices - 1) * model.expert_width
-    return inputs * (1 if model.fp8 else model.itemsize) + hidden * model.itemsize + 4
+    return inputs * (1 if fp8 else model.itemsize) + hidden * model.itemsize + 4
 
 
 def index_bytes(model: Model, tokens: float, rows: LayerRows) -> float:
@@ -161,10 +161,13 @@ def memory(model: Model, layout: Layout, stage: int, rows_by_layer: list[LayerRo
     count = held.dense + held.experts
     state = 12 if model.itemsize < 4 else 8
     tokens = layout.tokens(model)
-    moe = [model.moe[layer] for layer in layout.stage(model, stage)]
+    layers = layout.stage(model, stage)
+    moe = [model.moe[layer] for layer in layers]
     routed = [
-        rows.computed * row_bytes(model) + index_bytes(model, tokens, rows) if has_experts else 0.0
-        for rows, has_experts in zip(rows_by_layer, moe, strict=True)
+        rows.computed * row_bytes(model, fp8=model.in_fp8(layer)) + index_bytes(model, tokens, rows)
+        if model.moe[layer]
+        else 0.0
+        for rows, layer in zip(rows_by_layer, layers, strict=True)
     ]
     whole = [tokens * token_bytes(model, moe=has_experts) + rows for has_experts, rows in zip(moe, routed, strict=True)]
     in_flight = min(layout.pipeline - stage, layout.micro_batches)

@@ -41,7 +41,8 @@ class Model:
         query_key_norms: queries and keys are normed (``--qk-layernorm``).
         fused: (token, expert) rows are permuted by Transformer Engine (``--moe-permute-fusion``).
         torch_kernels: norms and rotary positions by torch (``--transformer-impl local``), which keep more.
-        fp8: the experts compute in FP8. fp8_weights: weights are kept in it too (``--fp8-param-gather``).
+        fp8: the experts compute in FP8 by Transformer Engine. wide_ends: but for the first and the last so many layers
+            (``--first-last-layers-bf16``). fp8_weights: weights are kept in it too (``--fp8-param-gather``).
     """
 
     moe: tuple[bool, ...]
@@ -68,6 +69,7 @@ class Model:
     fused: bool = False
     torch_kernels: bool = False
     fp8: bool = False
+    wide_ends: tuple[int, int] = (0, 0)
     fp8_weights: bool = False
 
     def __post_init__(self) -> None:
@@ -86,6 +88,11 @@ class Model:
     def layers(self) -> int:
         """Transformer layers."""
         return len(self.moe)
+
+    def in_fp8(self, layer: int) -> bool:
+        """Whether the experts of ``layer`` compute in FP8."""
+        first, last = self.wide_ends
+        return self.fp8 and first <= layer < self.layers - last
 
     @property
     def columns(self) -> int:
