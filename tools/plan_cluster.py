@@ -160,11 +160,14 @@ def main(argv: list[str] | None = None) -> int:
     # What the file says has to be known before the rest is parsed, so that the rest wins.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--model", type=Path)
+    first.add_argument("--metrics-file")
     known, _ = first.parse_known_args(argv)
     words = list(sys.argv[1:] if argv is None else argv)
     cut = words.index("--") if "--" in words else len(words)
     try:
         defaults = read_flags(known.model) if known.model else None
+        if defaults and known.metrics_file:
+            defaults.mean_k = None  # what a run measured wins over what the model's file assumes
         args = parser().parse_args(words[:cut], defaults)
         args.own = words[cut + 1 :]
         write(report(args), args.output)

@@ -12,18 +12,14 @@ import math
 import random
 from collections.abc import Callable
 
-from megatron_dynmoe.planning.shapes import TANH_UNITS, Model, PlanError
+from megatron_dynmoe.planning.shapes import TANH_UNITS, Model
 
 TOKENS = 2000  # the mean of k is then within a few thousandths
 SEED = 0
 
 
 def fresh_k(model: Model) -> float:
-    """Mean FFN experts a token visits at the start of training.
-
-    Raises:
-        PlanError: gate or rule is not one of this library's.
-    """
+    """Mean FFN experts a token visits at the start of training."""
     return _bounded(model, active=model.routing.initial_experts or model.experts)
 
 
@@ -52,10 +48,6 @@ def _bounded(model: Model, *, active: int) -> float:
 def _counter(model: Model) -> Callable[[random.Random, int], int]:
     """How many columns one token chooses, by gate and rule."""
     routing = model.routing
-    if routing.gate not in ("softmax", "tanh", "cosine") or routing.rule not in ("top-p", "top-k", "top-any"):
-        raise PlanError(
-            f"k of gate {routing.gate!r} with rule {routing.rule!r} is not known; give --mean-k and --max-k."
-        )
     deviation = model.init_std * math.sqrt(model.width)
     if routing.gate == "tanh":  # the outputs of a layer of H tanh units; tanh(z)^2 is at most z^2
         deviation = model.init_std * math.sqrt(TANH_UNITS * model.columns) * min(deviation, 1.0)
