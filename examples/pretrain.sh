@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Pretrain one of the models in examples/models on 8 GPUs. MODEL is the name of its file there, without .args:
-# dynamic_moe_24l, the model of the Dynamic MoE paper; dynmoe_24l, as large, with the routing of DynMoE; or one of
-# moe_plus_plus_0.6b, _1b, _2b, _7b, the sizes of the MoE++ paper.
+# dynamic_moe_24l, the model of the Dynamic MoE paper; dynmoe_24l, as large, with the routing of DynMoE; one of
+# moe_plus_plus_0.6b, _1b, _2b, _7b, the sizes of the MoE++ paper; or dynamic_moe_30b_a3b, for 32 GPUs or more.
 #
 #   DATA="0.7 data/cc 0.3 data/code" TOKENIZER=llama2/tokenizer.model SAVE=runs/dynamic_moe \
 #       examples/pretrain.sh dynamic_moe_24l
@@ -68,19 +68,27 @@ own() { # the value of flag $1 among the flags of your own or of the model, else
     done
     echo "$found"
 }
+mine=()
+most=$(own --micro-batch-size 8) # the model's alone
 mine=("$@")
 tensor=$(own --tensor-model-parallel-size 1) context=$(own --context-parallel-size 1)
 # Megatron wants one queue on GPUs before Blackwell, so that communication is launched in the order of the program.
 ((tensor * context == 1)) || export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 
-# At most 8 sequences a GPU at a time, fewer where the GPUs are so many that they share a step's sequences.
+# At most 8 sequences a GPU at a time, or as many as the model's file says; fewer where the GPUs are so many that they
+# share a step's sequences.
 replicas=$((${GPUS:-8} * ${NNODES:-1} / (tensor * context * $(own --pipeline-model-parallel-size 1))))
 batch=$(own --global-batch-size 512)
 for micro in 8 4 2 1; do
-    ((replicas * micro > batch || batch % (replicas * micro))) || break
+    ((micro > most)) || ((replicas * micro > batch || batch % (replicas * micro))) || break
 done
 ((replicas > 0 && batch % (replicas * micro) == 0)) || refuse "--global-batch-size is $batch, which $replicas data-parallel \
 replicas do not divide; give a multiple of their number."
+
+# A model file may say how many GPUs its weights and the optimizer's state want.
+fewest=$(sed -n 's/^# GPUs of 80 GB at least: //p' "$model_file")
+((${GPUS:-8} * ${NNODES:-1} >= ${fewest:-1})) || echo "$(basename "$0"): $(basename "$model_file" .args) is planned for \
+$fewest GPUs of 80 GB or more, and gets $((${GPUS:-8} * ${NNODES:-1})): it may run out of memory (tools/plan_cluster.py)." >&2
 
 # 100B tokens, as in the Dynamic MoE paper. The rest of this list is our choice: 512 sequences of 2048 are 2^20 tokens a
 # step, so 95368 steps; rates as usual for LLaMA models of this size.
@@ -120,6 +128,9 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-110}
 bin=$here/../.venv/bin # the checkout's own, if `make` has built it
 [[ -x $bin/torchrun ]] && made=$bin/torchrun && python=$bin/python
 export PYTHONPATH="$here/..${PYTHONPATH:+:$PYTHONPATH}"
+if [[ ${DRY_RUN:-0} == 1 ]]; then # print the command instead of running it
+    exec() { printf '%q ' "$@" && echo && exit; }
+fi
 exec "${python:-python3}" -m megatron_dynmoe.launch "${watch[@]}" -- "${TORCHRUN:-${made:-torchrun}}" \
     --nproc-per-node "${GPUS:-8}" "$here/pretrain_dynmoe.py" \
     "${model[@]}" "${training[@]}" "${layout[@]}" "${files[@]}" "$@"

@@ -181,6 +181,7 @@ class ModelShape:
         mtp_layers: those of ``layers`` that are for multi-token prediction; each has three more norms and a projection
             of hidden state and embedding, side by side.
         gated: SwiGLU (three matrices) or two. tied: output layer shares the embedding.
+        query_key_norms: a norm over a head's width for queries and one for keys, shared by heads (--qk-layernorm).
     """
 
     layers: int
@@ -198,6 +199,7 @@ class ModelShape:
     mtp_layers: int = 0
     gated: bool = True
     tied: bool = False
+    query_key_norms: bool = False
 
     @property
     def per_expert(self) -> int:
@@ -212,6 +214,7 @@ class ModelShape:
         dense = (self.layers - self.moe_layers) * matrices * self.width * self.dense_width
         moe = self.experts * self.width + self.router_extra + matrices * self.width * self.shared_width
         norms = (2 * self.layers + 1 + 3 * self.mtp_layers) * self.width
+        norms += 2 * self.layers * self.head_width * self.query_key_norms
         embeddings = (1 if self.tied else 2) * self.vocabulary * self.width
         projections = self.mtp_layers * 2 * self.width**2
         return embeddings + self.layers * attention + dense + self.moe_layers * moe + norms + projections

@@ -27,6 +27,7 @@ ROUTING = {
         "entropy_coeff": 1e-4,
         "adaptive_experts": False,
     },
+    "dynamic_moe_30b_a3b": {"gate": "softmax", "rule": "top-p", "top_p": 0.4, "max_experts_per_token": 8},
     "dynmoe_24l": {
         "gate": "cosine",
         "rule": "top-any",
@@ -56,6 +57,8 @@ MOE_PLUS_PLUS = {
 ROUTING |= {f"moe_plus_plus_{size}": MOE_PLUS_PLUS for size in ("0.6b", "1b", "7b")}
 ROUTING["moe_plus_plus_2b"] = MOE_PLUS_PLUS | {"constant_experts": 6}
 FFN_EXPERTS = dict.fromkeys(ROUTING, 16) | {"moe_plus_plus_0.6b": 8, "moe_plus_plus_2b": 32}
+FFN_EXPERTS["dynamic_moe_30b_a3b"] = 128
+MICRO_BATCH = dict.fromkeys(ROUTING, 8) | {"dynamic_moe_30b_a3b": 2}  # sequences a GPU at most
 
 # The schedule of MoE++ (its table B), for which the model files say what to add.
 SCHEDULE = {
@@ -207,7 +210,7 @@ def parse_for_many_gpus(commands: list[tuple[int, str, list[str]]]) -> None:
         args = parse_args(add_dynmoe_args)
         validate_args(args)
         assert args.global_batch_size == 512
-        assert args.micro_batch_size == min(8, 512 // args.data_parallel_size), (gpus, model)
+        assert args.micro_batch_size == min(MICRO_BATCH[model], 512 // args.data_parallel_size), (gpus, model)
 
 
 def test_the_micro_batch_fits_the_number_of_gpus(stub):

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "megatron_dynmoe"
 
 LEVELS = [
-    {"presets", "ranges", "errors"},
+    {"presets", "ranges", "errors", "units"},
     {"config"},
     {"routing"},
     {"routers", "dispatch", "experts", "losses", "metrics", "controllers", "planning", "checkpoint"},

@@ -28,6 +28,7 @@ VARIANTS = {
     "grouped queries": (set(), "--group-query-attention --num-query-groups 4"),
     "other dense width": (set(), "--moe-layer-freq 2 --ffn-hidden-size 4096"),
     "wide heads": (set(), "--kv-channels 128"),
+    "norms of queries and keys": (set(), "--qk-layernorm"),
     "padded vocabulary": (set(), "--vocab-size 32100"),
     "tied": ({"--untie-embeddings-and-output-weights"}, ""),
     "not gated": ({"--swiglu"}, ""),
@@ -137,13 +138,14 @@ def counts(tmp_path_factory) -> dict[str, dict[str, int]]:
     folder = tmp_path_factory.mktemp("model_size")
     paper = [*model_flags("dynamic_moe_24l"), *REST.split()]
     models = {name: without(paper, gone) + extra.split() for name, (gone, extra) in VARIANTS.items()}
+    models["30b"] = [*model_flags("dynamic_moe_30b_a3b"), *REST.split(), "--vocab-size", "151935"]
     models |= {name: plus_plus_flags(name) for name in PLUS_PLUS}
     result = folder / "counts.json"
     ranks.call(count_all, {"paper": paper} | models, str(result), ranks=1, folder=folder)
     return json.loads(result.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("variant", ["paper", *VARIANTS, *PLUS_PLUS])
+@pytest.mark.parametrize("variant", ["paper", "30b", *VARIANTS, *PLUS_PLUS])
 def test_model_shape_counts_what_the_model_has(counts, variant):
     got = counts[variant]
     assert got["shape total"] == got["total"]
@@ -162,6 +164,18 @@ def test_the_papers_counts(counts):
     assert paper["shape with two experts"] == top_2 == 581_878_784
     # The paper prints 581M: that is the count without the routers (581.49M), which add 0.39M.
     assert round((top_2 - routers) / 1e6) == 581
+
+
+def test_the_counts_of_the_model_as_large_as_qwen3_30b_a3b(counts):
+    got = counts["30b"]
+    per_expert, layers = 3 * 2048 * 768, 48
+    assert got["in experts"] == layers * 128 * per_expert
+    # Qwen3's report: 30.5B in total and 3.3B activated, of which the routers, embedding and output layer are part
+    activated = got["total"] - got["in experts"] + layers * 8 * per_expert
+    assert (round(got["total"] / 1e9, 1), round(activated / 1e9, 1)) == (30.5, 3.4)
+    text = (MODELS / "dynamic_moe_30b_a3b.args").read_text(encoding="utf-8")
+    for number, what in ((got["total"], "parameters"), (activated, "activated"), (got["shape without experts"], "w")):
+        assert f" {number / 1e9:.2f}B {what}" in text
 
 
 @pytest.mark.parametrize(

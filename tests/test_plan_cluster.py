@@ -60,6 +60,24 @@ def test_a_json_object_of_flags_is_the_same_model(model_file, tmp_path):
     assert model_of(read_flags(path)) == model_of(read_flags(model_file))
 
 
+def test_a_file_may_say_what_training_takes_from_elsewhere(model_file, tmp_path, capsys):
+    """Vocabulary and k in a comment; a measured routing and what is on the command line win."""
+    model_file.write_text(
+        MODEL_FLAGS.replace("--vocab-size 1000", "") + "# For the plan: --vocab-size 1000 --mean-k 2.5\n"
+    )
+    argv = ["--model", str(model_file), *CLUSTER, "--format", "json"]
+    metrics = tmp_path / "metrics.jsonl"
+    record = {"seconds_per_iteration": 1, "experts_per_token_by_layer": {"1": 2}, "experts_per_token": 2}
+    metrics.write_text(json.dumps(record | {"experts_per_token_p99": 3, "load_imbalance": 1.5}))
+    for extra, says in (
+        ([], "mean k 2.5"),
+        (["--mean-k", "3"], "mean k 3"),
+        (["--metrics-file", str(metrics)], "mean k 2"),
+    ):
+        assert plan_cluster.main([*argv, *extra]) == 0
+        assert json.loads(capsys.readouterr().out)["routing"].endswith(says)
+
+
 def test_what_is_given_wins_over_the_file(model_file, capsys):
     argv = ["--model", str(model_file), *CLUSTER, *UNIFORM, "--format", "json"]
     assert plan_cluster.main([*argv, "--num-experts", "3"]) == 0

@@ -11,7 +11,6 @@ import pytest
 from megatron_dynmoe.planning import Histogram, Layout, rows_by_rank, wire
 from megatron_dynmoe.planning.flags import model_of, read_flags
 from megatron_dynmoe.planning.memory import parameters
-from megatron_dynmoe.planning.timing import SAVING
 from tests import ranks
 from tests.layouts import flags, read_metrics
 
@@ -150,9 +149,3 @@ def test_wire_by_hand():
     assert astuple(expert) == (26, 3, 18, 3 * 44, 18 * 44)  # 10 out and 10 back at 2 bytes, 4 of weight
     assert astuple(wire([3, 5, 7, 11], rank=1, unit="rank", **shape)) == (26, 3, 18, 3 * 52, 18 * 52)
     assert rows_by_rank([1, 0, 4, 2, 5, 9], 3) == [1, 6, 14]
-
-
-def test_auto_is_the_rule_of_the_dispatch():
-    from megatron_dynmoe.dispatch import choose
-
-    assert SAVING == choose.SAVING

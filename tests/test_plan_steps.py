@@ -6,7 +6,7 @@ import pytest
 
 from megatron_dynmoe.planning import Cluster, Histogram, Layout, Model, Wire, layouts, rows_by_rank, wire
 from megatron_dynmoe.planning.histogram import LayerRouting
-from megatron_dynmoe.planning.memory import memory, parameters, row_bytes
+from megatron_dynmoe.planning.memory import LayerRows, memory, parameters, row_bytes
 from megatron_dynmoe.planning.timing import layer_traffic, reduction_seconds, step_time
 
 
@@ -45,49 +45,33 @@ def test_parameters_of_all_ranks_are_the_models(tied):
     assert sum(2 * stage.experts for stage in stages) == held.experts
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("gated", [True, False])
-@pytest.mark.parametrize("itemsize", [2, 4])
-def test_row_bytes_are_what_autograd_keeps(gated, itemsize):
-    import torch
-
-    from megatron_dynmoe.experts import grouped_mlp
-
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device: on the CPU the experts keep less")
-    dtype = torch.bfloat16 if itemsize == 2 else torch.float32
-    rows, width, expert_width = 48, 32, 16
-    x = torch.randn(rows, width, dtype=dtype, device="cuda", requires_grad=True)
-    weights = torch.rand(rows, device="cuda", requires_grad=True)
-    fc1 = torch.randn(2, (2 if gated else 1) * expert_width, width, dtype=dtype, device="cuda", requires_grad=True)
-    fc2 = torch.randn(2, width, expert_width, dtype=dtype, device="cuda", requires_grad=True)
-    kept = {}
-
-    def keep(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes(), tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        out = grouped_mlp(x, weights, fc1, fc2, [20, 28], gated=gated)
-    parameters_and_group_ends = {fc1.untyped_storage().nbytes(), fc2.untyped_storage().nbytes(), 2 * 4}
-    total = sum(size for size, _ in kept.values() if size not in parameters_and_group_ends)
-    assert out.shape == (rows, width)
-    model = small(width=width, expert_width=expert_width, gated=gated, itemsize=itemsize)
-    assert total == rows * row_bytes(model)
-
-
 def test_optimizer_state_is_split_over_those_who_share_parameters():
     model = small()
     layout = Layout(tensor=2, pipeline=1, expert=4, data=4, micro_batches=8)
     held = parameters(model, layout, 0)
-    got = memory(model, layout, 0, [100.0] * 4)
+    rows = LayerRows(computed=100.0)
+    got = memory(model, layout, 0, [rows] * 4)
     assert got.weights == 2 * (held.dense + held.experts)
     assert got.gradients == 2 * got.weights
     assert got.optimizer == 12 * (held.dense + held.experts)
     assert got.optimizer_sharded == 12 * (held.dense / 4 + held.experts / 2)
-    saved = memory(small(recompute=True), layout, 0, [100.0] * 4)
+    saved = memory(small(recompute=True), layout, 0, [rows] * 4)
     assert saved.activations < got.activations
     assert saved.routed * 4 == got.routed == 4 * 100 * row_bytes(model)
+
+
+def test_fp8_experts_keep_their_gemms_inputs_in_one_byte():
+    model, layout = small(fp8=True), Layout(tensor=1, pipeline=1, expert=1, data=1, micro_batches=64)
+    assert row_bytes(small()) == (64 + 3 * 32) * 2 + 4
+    assert row_bytes(model, fp8=True) == (64 + 32) + 2 * 32 * 2 + 4
+    ends = small(fp8=True, wide_ends=(1, 1))
+    kept = [memory(one, layout, 0, [LayerRows(computed=1)] * 4).routed for one in (small(), ends, model)]
+    assert kept[0] - kept[1] == kept[1] - kept[2] == 2 * (64 + 32)  # two of four layers each
+    weights = [
+        memory(one, layout, 0, [LayerRows()] * 4).weights for one in (small(), model, small(fp8=True, fp8_weights=True))
+    ]
+    assert weights[1] - weights[0] == 2 * parameters(model, layout, 0).experts  # cast once a step and cached
+    assert weights[2] == weights[0]
 
 
 def test_all_to_all_by_hand():

@@ -1,12 +1,15 @@
-"""Which unit to put on the wire, from the counts that every rank has."""
+"""Which unit to put on the wire, from the counts that every rank has and from where the ranks are."""
 
 from __future__ import annotations
 
-from megatron_dynmoe.routing import RoutePlan
+import socket
+import zlib
 
-# Per-rank rows copy and sum on both sides of the wire, which costs memory traffic that per-expert rows do not have.
-# They are chosen when they save at least this share of the bytes; benchmarks/README.md has the measurement.
-SAVING = 0.2
+import torch
+import torch.distributed as dist
+
+from megatron_dynmoe.routing import RoutePlan
+from megatron_dynmoe.units import MEASURED_SAVING, cheaper_unit
 
 
 def wire_bytes(unit: str, *, rows: int, pairs: int, width: int, itemsize: int, local_experts: int) -> int:
@@ -16,7 +19,7 @@ def wire_bytes(unit: str, *, rows: int, pairs: int, width: int, itemsize: int, l
     return pairs * (width * itemsize + 4 * local_experts)
 
 
-def choose_unit(plan: RoutePlan, *, width: int, itemsize: int, saving: float = SAVING) -> str:
+def choose_unit(plan: RoutePlan, *, width: int, itemsize: int, saving: float = MEASURED_SAVING) -> str:
     """ "rank" if it moves at least ``saving`` fewer bytes than "expert" over the whole group in this step.
 
     All ranks have the same totals, so all choose alike.
@@ -25,6 +28,7 @@ def choose_unit(plan: RoutePlan, *, width: int, itemsize: int, saving: float = S
         plan: of this step.
         width: D.
         itemsize: bytes of one element of the hidden states.
+        saving: :func:`megatron_dynmoe.units.saving_wanted` of the group's link; the same on all its ranks.
     """
     local = len(plan.received_PRL[0][0])
     if len(plan.pairs_sent_R) == 1:
@@ -35,4 +39,22 @@ def choose_unit(plan: RoutePlan, *, width: int, itemsize: int, saving: float = S
         )
         for unit in ("expert", "rank")
     }
-    return "rank" if sizes["rank"] <= (1 - saving) * sizes["expert"] else "expert"
+    return cheaper_unit(sizes["rank"], sizes["expert"], saving)
+
+
+def leaves_node(group: dist.ProcessGroup | None, device: torch.device) -> bool:
+    """Whether ``group`` has ranks on more than one machine; every rank of it calls this, and all get the same answer.
+
+    Machines are told apart by their names, which the ranks tell each other: an environment variable would be each
+    launcher's own, and on machines with different numbers of GPUs ranks would compute different answers from it.
+
+    Args:
+        group: its ranks exchange one integer each; ``None`` or one rank: nothing is exchanged.
+        device: where the group's backend communicates.
+    """
+    if group is None or dist.get_world_size(group) == 1:
+        return False
+    mine = torch.tensor([zlib.crc32(socket.gethostname().encode())], dtype=torch.int64, device=device)
+    names = mine.new_empty(dist.get_world_size(group))
+    dist.all_gather_into_tensor(names, mine, group=group)
+    return len(set(names.tolist())) > 1

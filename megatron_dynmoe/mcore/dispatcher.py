@@ -25,12 +25,13 @@ from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_dynmoe.dispatch import TRANSPORTS, Transport, choose_unit
+from megatron_dynmoe.dispatch import TRANSPORTS, Transport, choose_unit, leaves_node
 from megatron_dynmoe.dispatch.align import align_rows, aligned_sizes, unalign_rows
 from megatron_dynmoe.dispatch.transport import Flight
 from megatron_dynmoe.mcore.tracker import RoutingTracker
 from megatron_dynmoe.metrics import Traffic
 from megatron_dynmoe.routing import PendingPlan
+from megatron_dynmoe.units import saving_wanted
 
 
 class VariableKAllToAllDispatcher(MoETokenDispatcher):
@@ -58,6 +59,7 @@ class VariableKAllToAllDispatcher(MoETokenDispatcher):
         self.transport: Transport | None = None
         self.row_id_map: Tensor | None = None
         self.shared_input: Tensor | None = None  # [S, B, D]: what overlapped shared experts see; the layer sets it
+        self._link: str | None = None  # what joins the ranks, for "auto"; asked for in the first pass
         self.onto: Tensor | None = None  # [S, B, D]: what the next combine adds its sums to; it may be overwritten
 
     def begin(self, routing_map: Tensor) -> None:
@@ -80,7 +82,8 @@ class VariableKAllToAllDispatcher(MoETokenDispatcher):
         plan, self.pending = self.pending.finish(), None
         unit = self.unit
         if unit == "auto":
-            unit = choose_unit(plan, width=x_TD.shape[1], itemsize=x_TD.element_size())
+            saving = self._saving(x_TD.device)
+            unit = choose_unit(plan, width=x_TD.shape[1], itemsize=x_TD.element_size(), saving=saving)
         self.transport = TRANSPORTS[unit](
             plan, group=self.ep_group, tensor_group=self.tp_group, sort_chunks=self._sort_chunks
         )
@@ -99,6 +102,13 @@ class VariableKAllToAllDispatcher(MoETokenDispatcher):
             x_TD, plan.map_TE, probs=probs, num_out_tokens=plan.rows_sent, fused=True
         )
         return rows, weights
+
+    def _saving(self, device: torch.device) -> float:
+        """What (token, rank) rows must save here; ranks that gather each other's rows decide together."""
+        if self._link is None:
+            away = device.type == "cuda" and leaves_node(self.tp_ep_group, device)
+            self._link = "host" if device.type != "cuda" else "network" if away else "node"
+        return saving_wanted(self._link, fused=self.config.moe_permute_fusion)
 
     def _count(self, x_TD: Tensor) -> None:
         tracker = get_moe_metrics_tracker()

@@ -1,15 +1,22 @@
-"""A model from Megatron's flags: on a command line, in a file of flags, or as JSON of their names."""
+"""A model from Megatron's flags: on a command line, in a file of flags, or as JSON of their names.
+
+What the flags of a model leave open, and training takes from elsewhere, a file says in a comment for the plan alone:
+``# For the plan: --vocab-size 32000 --mean-k 1.76``.
+"""
 
 from __future__ import annotations
 
 import argparse
 import ast
 import json
+import re
 import shlex
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from megatron_dynmoe.config import ConfigError, DynMoEConfig, dest_of, flag_of, preset_fields
 from megatron_dynmoe.planning.shapes import Model, PlanError, require
 
 # Those of Megatron's flags that say what memory, rows or time depend on; names and defaults are Megatron's.
@@ -29,6 +36,8 @@ _NUMBERS = {
     "seq_length": None,
     "micro_batch_size": None,
     "global_batch_size": None,
+    "num_layers_at_start_in_bf16": 1,
+    "num_layers_at_end_in_bf16": 1,
 }
 _SWITCHES = (
     "group_query_attention",
@@ -37,7 +46,14 @@ _SWITCHES = (
     "bf16",
     "fp16",
     "use_distributed_optimizer",
+    "moe_permute_fusion",
+    "qk_layernorm",
+    "fp8_param_gather",
+    "first_last_layers_bf16",
 )
+# How the script of a run lays it out.
+LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size")
+_COMMENT = re.compile(r"^# For the plan: (.*)$", re.MULTILINE)
 _REQUIRED = (
     "num_layers",
     "hidden_size",
@@ -59,7 +75,18 @@ def add_model_flags(parser: ArgumentParser) -> None:
         group.add_argument(_flag(name), action="store_true")
     group.add_argument("--moe-layer-freq", default="1")
     group.add_argument("--recompute-granularity", choices=("full", "selective"), default=None)
-    group.add_argument("--moe-dispatch-unit", choices=("auto", "expert", "rank"), default="auto")
+    group.add_argument("--init-method-std", type=float, default=0.02)
+    group.add_argument("--transformer-impl", default="transformer_engine")
+    group.add_argument("--fp8-format", choices=("e4m3", "hybrid"), default=None)
+    for name in LAYOUT:
+        group.add_argument(_flag(name), type=int, default=None)
+    group.add_argument("--moe-preset", default=None)
+    for entry in fields(DynMoEConfig):  # unset, the preset's value holds
+        kind = (get_args(entry.type) or (entry.type,))[0]  # of `int | None`, int
+        reading: dict[str, Any] = {"action": BooleanOptionalAction} if kind is bool else {"type": kind}
+        group.add_argument(flag_of(entry.name), dest=dest_of(entry.name), default=None, **reading)
+    trained = parser.add_argument_group("routing")
+    trained.add_argument("--mean-k", type=float, help="mean experts per token of the trained model")
 
 
 def read_flags(path: Path) -> Namespace:
@@ -71,7 +98,7 @@ def read_flags(path: Path) -> Namespace:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        words = _words_of_json(json.loads(text)) if path.suffix == ".json" else shlex.split(text, comments=True)
+        words = _words_of_json(json.loads(text)) if path.suffix == ".json" else words_of(text)
     except (OSError, ValueError) as error:
         raise PlanError(f"{path} cannot be read as flags ({error}); give Megatron's flags or a .json object.") from None
     parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, add_help=False)
@@ -80,6 +107,11 @@ def read_flags(path: Path) -> Namespace:
         return parser.parse_known_args(words)[0]
     except argparse.ArgumentError as error:
         raise PlanError(f"{path}: {error}.") from None
+
+
+def words_of(text: str) -> list[str]:
+    """The flags of a model file, those for the plan first."""
+    return [*shlex.split(" ".join(_COMMENT.findall(text))), *shlex.split(text, comments=True)]
 
 
 def _flag(name: str) -> str:
@@ -91,8 +123,10 @@ def _words_of_json(values: Any) -> list[str]:
         raise ValueError("it is not a JSON object")
     words = []
     for name, value in values.items():
-        if name in _SWITCHES:
-            words += [_flag(name)] if value else []
+        if isinstance(value, bool):
+            words += [_flag(name)] if value else [_flag("no_" + name)]  # passed over where there is no such flag
+        elif name == "moe_aux_loss_coeff" and isinstance(value, list):
+            words += [_flag(name), str(value[0])]  # Megatron keeps one value a balancing type
         elif value is not None:
             words += [_flag(name), str(value)]
     return words
@@ -135,7 +169,26 @@ def model_of(args: Namespace) -> Model:
         global_batch=args.global_batch_size,
         itemsize=2 if args.bf16 or args.fp16 else 4,
         recompute=args.recompute_granularity == "full",
+        routing=_routing(args),
+        init_std=args.init_method_std,
+        query_key_norms=args.qk_layernorm,
+        fused=args.moe_permute_fusion,
+        torch_kernels=args.transformer_impl == "local",
+        fp8=args.fp8_format is not None,
+        wide_ends=(args.num_layers_at_start_in_bf16, args.num_layers_at_end_in_bf16)
+        if args.first_last_layers_bf16
+        else (0, 0),
+        fp8_weights=args.fp8_param_gather,
     )
+
+
+def _routing(args: Namespace) -> DynMoEConfig:
+    given = {entry.name: getattr(args, dest_of(entry.name)) for entry in fields(DynMoEConfig)}
+    try:
+        values = preset_fields(args.moe_preset) if args.moe_preset else {}
+        return DynMoEConfig(**values | {name: value for name, value in given.items() if value is not None})
+    except ConfigError as error:
+        raise PlanError(str(error)) from None
 
 
 def moe_layers(frequency: str, layers: int) -> tuple[bool, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_dynmoe.planning.shapes import Layout, Model
+from megatron_dynmoe.planning.shapes import TANH_UNITS, Layout, Model
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ def parameters(model: Model, layout: Layout, stage: int) -> Parameters:
     first, last = stage == 0, stage == layout.pipeline - 1
     copies = int(first) + int(last and not (first and model.tied))
     split += copies * model.padded_vocabulary(layout.tensor) * model.width
-    replicated = 2 * len(layers) * model.width + moe * model.experts * model.width + (model.width if last else 0)
+    norms = 2 * (model.width + model.head_width * model.query_key_norms)
+    replicated = len(layers) * norms + moe * model.columns * model.width + (model.width if last else 0)
     return Parameters(
         dense=split // layout.tensor + replicated,
         experts=moe * model.experts // layout.expert * model.per_expert,
@@ -61,57 +62,114 @@ class Memory:
         return self.weights + self.gradients + state + self.activations
 
 
+@dataclass(frozen=True)
+class LayerRows:
+    """Rows of one MoE layer and micro-batch on the rank that has most; all 0 for a dense layer.
+
+    Attributes:
+        computed: (token, expert) rows that its experts compute.
+        sent, pairs: rows and distinct (token, rank) pairs of its own tokens.
+        unit: what is on the wire: "expert" or "rank".
+    """
+
+    computed: float = 0.0
+    sent: float = 0.0
+    pairs: float = 0.0
+    unit: str = "expert"
+
+
 def token_bytes(model: Model, *, moe: bool) -> float:
-    """Bytes kept for each of a rank's T tokens in one layer, without routed rows.
+    """Bytes kept for each of a rank's T tokens in one layer, without routed rows and their indices.
 
     What backward needs, tensor by tensor, as Korthikanti et al. 2022 count them (arXiv 2205.05198, section 4) for a
     layer without dropout and biases and with flash attention: inputs of the two norms, of the attention and of the
-    feed-forward part (4 D), queries, keys and values, the attention's output, and 4 bytes of its log-sum a head.
-    Under sequence parallelism a rank has 1 / TP of all of it.  A feed-forward part keeps the output of its first GEMM
-    and the input of its second.  A router keeps its input in float32 and about four float32 values an expert.
+    feed-forward part (4 D), queries, keys and values as the GEMM gives them and, rotated, queries and keys once more,
+    the attention's output, and 4 bytes of its log-sum a head.  Under sequence parallelism a rank has 1 / TP of all of
+    it.  A feed-forward part keeps the output of its first GEMM and the input of its second.  Norms by torch keep their
+    input and its norm in float32 instead of the input (mcore/norm.py), and rotary positions by torch their tables.
     """
     size = model.itemsize
-    attention = (2 * model.heads + 2 * model.query_groups) * model.head_width * size + 4 * model.heads
+    attention = 3 * (model.heads + model.query_groups) * model.head_width * size + 4 * model.heads
     width = model.shared_width if moe else model.dense_width
-    feed_forward = model.matrices * width * size
-    router = 16 * model.experts + (4 * model.width if size < 4 else 0)
-    return 4 * model.width * size + attention + feed_forward + (router if moe else 0)
+    extra = moe_token_bytes(model) - model.width * size if moe else 0
+    if model.torch_kernels and size < 4:
+        extra += 2 * (8 - size) * model.width + 4 * model.head_width * size
+    return 4 * model.width * size + attention + model.matrices * width * size + extra
 
 
-def row_bytes(model: Model) -> int:
-    """Bytes kept for each row that a rank's experts compute, with this library's grouped experts.
+def moe_token_bytes(model: Model) -> int:
+    """Bytes a token of an MoE layer's input, router and zero-computation experts, without a shared expert.
 
-    The row; the output of the first GEMM (2 F, or F without gate); with a gate, the activated half; the product; the
-    weighted product; the float32 weight.  So it is on CUDA (experts/grouped.py); on the CPU less is kept.
+    The router keeps its input in the model's dtype (routers/linear.py), and zero-computation experts theirs, which is
+    another tensor where logits stand beside the hidden states or the input is scaled.
     """
-    elements = model.width + (5 if model.gated else 3) * model.expert_width
-    return elements * model.itemsize + 4
+    routing, columns = model.routing, model.columns
+    free = routing.zero_computation_experts
+    inputs = 2 if free and (routing.gating_residual or routing.expert_input_scale != 1) else 1
+    # float32 values of each column (4), maps (1)
+    kept = 13 if routing.gate == "cosine" else 5  # scores and map; cosine: logits and margins as well
+    kept += 4 * TANH_UNITS if routing.gate == "tanh" else 0
+    kept += 4 if routing.entropy_coeff else 0
+    kept += 4 if routing.normalize_weights else 0
+    kept += 5 if routing.drop_zero_weight else 0
+    kept += 4 if routing.gating_residual else 0  # the previous layer's logits
+    kept += 4 if free else 0  # their weights
+    return inputs * model.width * model.itemsize + kept * columns + 4 * routing.constant_experts
 
 
-def memory(model: Model, layout: Layout, stage: int, rows_by_layer: list[float]) -> Memory:
+def row_bytes(model: Model, *, fp8: bool = False) -> int:
+    """Bytes kept for each row that a rank's experts compute: D + 3 F elements (without gate D + 2 F) and a weight.
+
+    The row; the output of the first GEMM, 2 F with a gate; the weighted product, input of the second GEMM; the float32
+    weight.  So it is with this library's experts on any device (experts/grouped.py) and with Transformer Engine's.  In
+    FP8 the inputs of the two GEMMs, D + F, are kept in one byte.
+    """
+    inputs, hidden = model.width + model.expert_width, (model.matrices - 1) * model.expert_width
+    return inputs * (1 if fp8 else model.itemsize) + hidden * model.itemsize + 4
+
+
+def index_bytes(model: Model, tokens: float, rows: LayerRows) -> float:
+    """Bytes of what says where rows go.
+
+    Transformer Engine's permutation keeps a row_id_map of 2 E + 1 int32 a token.  Ours keep two int64 a row for its
+    place (dispatch/per_expert.py) and one for its weight; (token, rank) rows have both for each pair and again for each
+    row at the receiver, and the map (dispatch/per_rank.py).
+    """
+    if rows.unit == "rank":
+        return tokens * model.experts + 24 * (rows.pairs + rows.computed)
+    return tokens * (8 * model.experts + 4) if model.fused else 24 * rows.sent
+
+
+def memory(model: Model, layout: Layout, stage: int, rows_by_layer: list[LayerRows]) -> Memory:
     """What a GPU of pipeline stage ``stage`` holds at its fullest.
 
     Bytes a parameter are those of megatron's estimate (theoretical_memory_usage.py) for mixed precision, 2 + 4 + 12,
     of which the last, float32 weights and Adam's two moments, is what the distributed optimizer splits; in float32 they
     are 4 + 4 + 8.  Under the 1F1B schedule stage i keeps min(PP - i, micro-batches) micro-batches (Narayanan et al.
     2021, arXiv 2104.04473, section 2.2).  With full recompute a micro-batch keeps each layer's input, and one layer is
-    whole at a time.  The last stage adds the final norm and the logits, in the model's dtype and in float32.  The rows
-    of one layer on their way, as sent and as received, are added once.
+    whole at a time.  The last stage adds the final norm and the logits, in the model's dtype and in float32.  What one
+    layer has beside is added once: rows on their way, as sent and as received, or in the backward pass the gradients
+    of a row and of what lies between its two GEMMs, 2 D + 3 F elements.  FP8 weights that are not kept in FP8 are cast
+    once a step and cached, as they are and transposed: two bytes a parameter (Transformer Engine, module/base.py).
 
     Not counted: the allocator's fragmentation, buffers of communication libraries, the CUDA context.
 
     Args:
-        rows_by_layer: rows that the busiest rank computes in a micro-batch, for each layer of the stage (dense: 0).
+        rows_by_layer: of the busiest rank in a micro-batch, for each layer of the stage.
     """
     held = parameters(model, layout, stage)
     count = held.dense + held.experts
     state = 12 if model.itemsize < 4 else 8
     tokens = layout.tokens(model)
-    routed = [rows * row_bytes(model) for rows in rows_by_layer]
-    whole = [
-        tokens * token_bytes(model, moe=model.moe[layer]) + rows
-        for layer, rows in zip(layout.stage(model, stage), routed, strict=True)
+    layers = layout.stage(model, stage)
+    moe = [model.moe[layer] for layer in layers]
+    routed = [
+        rows.computed * row_bytes(model, fp8=model.in_fp8(layer)) + index_bytes(model, tokens, rows)
+        if model.moe[layer]
+        else 0.0
+        for rows, layer in zip(rows_by_layer, layers, strict=True)
     ]
+    whole = [tokens * token_bytes(model, moe=has_experts) + rows for has_experts, rows in zip(moe, routed, strict=True)]
     in_flight = min(layout.pipeline - stage, layout.micro_batches)
     if model.recompute:
         kept = in_flight * len(whole) * tokens * model.width * model.itemsize + max(whole)
@@ -121,9 +179,11 @@ def memory(model: Model, layout: Layout, stage: int, rows_by_layer: list[float])
     if stage == layout.pipeline - 1:
         vocabulary = model.padded_vocabulary(layout.tensor)
         kept += tokens * (2 * model.width * model.itemsize + vocabulary * (model.itemsize + 4))
-    kept += 2 * max(rows_by_layer) * model.width * model.itemsize
+    beside = 2 * model.width + model.matrices * model.expert_width
+    kept += max(rows.computed for rows in rows_by_layer) * beside * model.itemsize
+    in_fp8 = 2 if model.fp8 and not model.fp8_weights else 0
     return Memory(
-        weights=count * model.itemsize,
+        weights=count * model.itemsize + in_fp8 * held.experts,
         gradients=count * 4,
         optimizer=count * state,
         optimizer_sharded=state * (held.dense / layout.data + held.experts / layout.expert_data),

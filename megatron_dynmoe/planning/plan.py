@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from megatron_dynmoe.planning.histogram import Histogram
-from megatron_dynmoe.planning.memory import Memory, memory
+from megatron_dynmoe.planning.memory import LayerRows, Memory, memory
 from megatron_dynmoe.planning.shapes import Cluster, Layout, Model, PlanError, layouts
 from megatron_dynmoe.planning.timing import UNITS, LayerTraffic, StepTime, layer_traffic, step_time
 from megatron_dynmoe.planning.wire import Wire
@@ -39,6 +39,27 @@ def plan_all(
     return sorted(records, key=lambda record: (not record["fits"], record["seconds"]["total"]))
 
 
+def plan_layout(
+    model: Model,
+    cluster: Cluster,
+    layout: Layout,
+    histogram: Histogram,
+    *,
+    unit: str = "auto",
+    distributed_optimizer: bool = True,
+    excess: float = 1.0,
+) -> dict[str, Any]:
+    """The record of one layout.
+
+    Args:
+        excess: the busiest rank's memory is taken for so many times the expected rows.
+    """
+    traffic = _traffic(model, cluster, layout, histogram, {})
+    return _record(
+        model, cluster, layout, traffic, unit=unit, distributed_optimizer=distributed_optimizer, excess=excess
+    )
+
+
 # Traffic of a layer depends on the layout through TP and EP only, and layers with the same routing are alike.
 _Known = dict[tuple[int, int, int], LayerTraffic]
 
@@ -61,10 +82,11 @@ def _record(
     *,
     unit: str,
     distributed_optimizer: bool,
+    excess: float = 1.0,
 ) -> dict[str, Any]:
-    stages = _stages(model, layout, traffic)
-    fullest = max(stages, key=lambda held: held.total(distributed_optimizer=distributed_optimizer))
     chosen = [layer.unit if unit == "auto" else unit for layer in traffic]
+    stages = _stages(model, layout, traffic, chosen, excess)
+    fullest = max(stages, key=lambda held: held.total(distributed_optimizer=distributed_optimizer))
     time = step_time(model, cluster, layout, traffic, unit=unit, distributed_optimizer=distributed_optimizer)
     total = fullest.total(distributed_optimizer=distributed_optimizer)
     return {
@@ -83,11 +105,18 @@ def _record(
     }
 
 
-def _stages(model: Model, layout: Layout, traffic: list[LayerTraffic]) -> Iterator[Memory]:
-    layer_of = iter(traffic)
+def _stages(
+    model: Model, layout: Layout, traffic: list[LayerTraffic], units: list[str], excess: float
+) -> Iterator[Memory]:
+    of_layer = iter(zip(traffic, units, strict=True))
     for stage in range(layout.pipeline):
-        rows = [max(next(layer_of).computed) if model.moe[layer] else 0.0 for layer in layout.stage(model, stage)]
+        layers = layout.stage(model, stage)
+        rows = [_busiest(*next(of_layer), excess) if model.moe[layer] else LayerRows() for layer in layers]
         yield memory(model, layout, stage, rows)
+
+
+def _busiest(layer: LayerTraffic, unit: str, excess: float) -> LayerRows:
+    return LayerRows(excess * max(layer.computed), layer.sent["expert"].rows, layer.sent["rank"].rows, unit)
 
 
 def _per_step(traffic: list[LayerTraffic], layout: Layout, unit: str) -> dict[str, float]:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
+from megatron_dynmoe.config import DynMoEConfig
 from megatron_dynmoe.errors import UserError
+
+TANH_UNITS = 8  # of the router's hidden layer under gate "tanh", for each column (routers/tanh.py)
 
 
 class PlanError(UserError):
@@ -34,6 +37,12 @@ class Model:
         sequence: tokens of a sequence. micro_batch, global_batch: sequences.
         itemsize: bytes of an element in the model's dtype: 2 or 4.
         recompute: full recompute: only each layer's input is kept.
+        routing: gate, rule and bounds of the routers. init_std: ``--init-method-std``, of their weights.
+        query_key_norms: queries and keys are normed (``--qk-layernorm``).
+        fused: (token, expert) rows are permuted by Transformer Engine (``--moe-permute-fusion``).
+        torch_kernels: norms and rotary positions by torch (``--transformer-impl local``), which keep more.
+        fp8: the experts compute in FP8 by Transformer Engine. wide_ends: but for the first and the last so many layers
+            (``--first-last-layers-bf16``). fp8_weights: weights are kept in it too (``--fp8-param-gather``).
     """
 
     moe: tuple[bool, ...]
@@ -54,13 +63,21 @@ class Model:
     tied: bool = False
     itemsize: int = 2
     recompute: bool = False
+    routing: DynMoEConfig = field(default_factory=DynMoEConfig)
+    init_std: float = 0.02
+    query_key_norms: bool = False
+    fused: bool = False
+    torch_kernels: bool = False
+    fp8: bool = False
+    wide_ends: tuple[int, int] = (0, 0)
+    fp8_weights: bool = False
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type == "int":
-                least = 0 if field.name == "shared_width" else 1
-                require(isinstance(value, int) and value >= least, field.name, value, f"at least {least}")
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if entry.type == "int":
+                least = 0 if entry.name == "shared_width" else 1
+                require(isinstance(value, int) and value >= least, entry.name, value, f"at least {least}")
         require(len(self.moe) > 0, "layers", 0, "at least 1")
         require(any(self.moe), "moe_layer_freq", "[0, ...]", "a pattern with at least one MoE layer")
         require(self.heads % self.query_groups == 0, "query_groups", self.query_groups, f"a divisor of {self.heads}")
@@ -71,6 +88,16 @@ class Model:
     def layers(self) -> int:
         """Transformer layers."""
         return len(self.moe)
+
+    def in_fp8(self, layer: int) -> bool:
+        """Whether the experts of ``layer`` compute in FP8."""
+        first, last = self.wide_ends
+        return self.fp8 and first <= layer < self.layers - last
+
+    @property
+    def columns(self) -> int:
+        """C: columns of the router, those of zero-computation experts included."""
+        return self.experts + self.routing.zero_computation_experts
 
     @property
     def matrices(self) -> int:
@@ -113,12 +140,12 @@ class Cluster:
     memory: float
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type == "int":
-                require(isinstance(value, int) and value >= 1, field.name, value, "a whole number of at least 1")
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if entry.type == "int":
+                require(isinstance(value, int) and value >= 1, entry.name, value, "a whole number of at least 1")
             else:
-                require(math.isfinite(value) and value > 0, field.name, value, "a number above 0")
+                require(math.isfinite(value) and value > 0, entry.name, value, "a number above 0")
 
     @property
     def world(self) -> int:

@@ -14,10 +14,9 @@ from megatron_dynmoe.planning.histogram import LayerRouting
 from megatron_dynmoe.planning.memory import parameters
 from megatron_dynmoe.planning.shapes import Cluster, Layout, Model
 from megatron_dynmoe.planning.wire import Wire, priced, round_trip_bytes, rows_by_rank, weight_bytes
+from megatron_dynmoe.units import cheaper_unit, saving_wanted
 
 UNITS = ("expert", "rank")
-# As dispatch/choose.py: "auto" takes per-rank rows where they save at least this share of the bytes.
-SAVING = 0.2
 
 
 @dataclass(frozen=True)
@@ -29,19 +28,21 @@ class LayerTraffic:
         sent: by unit, what a rank sends in a forward pass: the mean over ranks, and over the ways the group can lie.
         seconds: by unit, the all-to-alls of a forward pass on the busiest rank.
         dispatched: by unit, bytes of a rank's dispatch with the rows that stay, which "auto" compares.
+        saving: what "auto" asks of (token, rank) rows on this group's link.
     """
 
     computed: tuple[float, ...]
     sent: dict[str, Wire]
     seconds: dict[str, float]
     dispatched: dict[str, float]
+    saving: float
 
     @property
     def unit(self) -> str:
         """What "auto" chooses: the rule of ``dispatch.choose_unit``, which compares bytes of all rows."""
         if len(self.computed) == 1:
             return "expert"
-        return "rank" if self.dispatched["rank"] <= (1 - SAVING) * self.dispatched["expert"] else "expert"
+        return cheaper_unit(self.dispatched["rank"], self.dispatched["expert"], self.saving)
 
 
 def layer_traffic(model: Model, cluster: Cluster, layout: Layout, routing: LayerRouting) -> LayerTraffic:
@@ -59,7 +60,9 @@ def layer_traffic(model: Model, cluster: Cluster, layout: Layout, routing: Layer
         sent[unit], seconds[unit] = _exchange(model, cluster, layout, unit, rows_R)
         dispatched[unit] = sum(rows_R) * (model.width * model.itemsize + weight_bytes(unit, local))
     computed = tuple(ranks * tokens * load for load in loads["expert"])
-    return LayerTraffic(computed, sent, seconds, dispatched)
+    away = any(len(set(nodes)) > 1 for nodes in layout.nodes_of_expert_groups(cluster))
+    saving = saving_wanted("network" if away else "node", fused=model.fused)
+    return LayerTraffic(computed, sent, seconds, dispatched, saving)
 
 
 def _exchange(model: Model, cluster: Cluster, layout: Layout, unit: str, rows_R: Sequence[float]) -> tuple[Wire, float]:

@@ -48,6 +48,7 @@ def model_shape(args: Namespace) -> ModelShape:
         router_extra=router_extra(args),
         gated=args.swiglu,
         tied=not args.untie_embeddings_and_output_weights,
+        query_key_norms=args.qk_layernorm,
     )
 
 
