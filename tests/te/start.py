@@ -1,0 +1,37 @@
+"""Import Transformer Engine's own Python over the stand-ins, on a machine without a GPU.
+
+    from tests.te import start
+    start.transformer_engine()      # before megatron is imported, which asks then whether Transformer Engine is there
+
+The packages lie in a folder of their own (``.venv/te``), so that nothing else ever finds them.
+"""
+
+import importlib
+import os
+import sys
+import warnings
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+PACKAGES = Path(os.environ.get("TE_PACKAGES", ROOT / ".venv" / "te"))
+
+
+def transformer_engine() -> None:
+    """Make ``import transformer_engine.pytorch`` work; ``transformer_engine_torch`` is the stand-in."""
+    sys.path[:0] = [str(Path(__file__).parent / "stand_in"), str(PACKAGES)]
+    os.environ["NVTE_PROJECT_BUILDING"] = "1"  # its compiled libraries are not looked for
+    with warnings.catch_warnings():
+        # the first import stops where the extension would be loaded, says so, and leaves everything above it loaded
+        warnings.simplefilter("ignore", RuntimeWarning)
+        common = importlib.import_module("transformer_engine.common")
+    common.load_framework_extension = lambda framework: None
+    importlib.import_module("transformer_engine").pytorch = importlib.import_module("transformer_engine.pytorch")
+    _replace_triton()
+
+
+def _replace_triton() -> None:
+    from transformer_engine.pytorch.triton import permutation
+    from transformer_engine_torch.permutation import LAUNCHERS
+
+    for launcher in LAUNCHERS:
+        setattr(permutation, launcher.__name__, launcher)
