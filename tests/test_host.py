@@ -85,17 +85,10 @@ def test_enabled_leaves_an_outer_enable_in_place():
     assert not host.active()
 
 
-@pytest.mark.parametrize(
-    "installed, flags",
-    [
-        ({"transformer_engine"}, ["--no-gradient-accumulation-fusion"]),
-        ({"transformer_engine", "fused_weight_gradient_mlp_cuda"}, []),
-    ],
-)
-def test_with_transformer_engine_only_what_apex_brings_is_left_out(installed, flags, monkeypatch):
+def test_with_transformer_engine_nothing_is_left_out(monkeypatch):
     monkeypatch.setattr(host, "_cuda_is_available", lambda: True)
-    monkeypatch.setattr(host.importlib.util, "find_spec", lambda name: name in installed or None)
-    assert host.default_flags() == flags
+    monkeypatch.setattr(host.importlib.util, "find_spec", lambda name: name == "transformer_engine" or None)
+    assert host.default_flags() == []
 
 
 def test_with_cuda_only_what_is_at_fault_everywhere_is_touched(monkeypatch):
