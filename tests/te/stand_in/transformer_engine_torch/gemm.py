@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from transformer_engine_torch.dtypes import to_torch
-from transformer_engine_torch.quantize import dequantize_for_gemm, quantize
+from transformer_engine_torch.quantize import dequantize_for_gemm, is_fp8, quantize
 
 
 def generic_gemm(
@@ -102,7 +102,9 @@ def _product(A, transa, B, transb, bias, gelu, gelu_in, grad, kind):
     a, b = dequantize_for_gemm(A, transa), dequantize_for_gemm(B, not transb)
     lead = b.shape[:-1]
     a, b = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
-    result = (b.T if transb else b) @ (a.T if transa else a)
+    left, right = b.T if transb else b, a.T if transa else a
+    _check_alignment(A, B, left, right)
+    result = left @ right
     if not transb:
         result = result.reshape(*lead, result.shape[-1])
     bias_grad = gelu_out = None
@@ -116,6 +118,22 @@ def _product(A, transa, B, transb, bias, gelu, gelu_in, grad, kind):
         gelu_out = result.to(kind)
         result = F.gelu(result, approximate="tanh")
     return result, bias_grad, gelu_out
+
+
+def _check_alignment(A: Any, B: Any, left: torch.Tensor, right: torch.Tensor) -> None:
+    """What ``CanonicalizeGemmInput`` of common/gemm/cublaslt_gemm.cu asks of FP8 operands on Hopper.
+
+    Raises:
+        RuntimeError: in the extension's words.
+    """
+    for name, tensor in (("A", A), ("B", B)):
+        if is_fp8(tensor) and left.shape[1] % 16:
+            raise RuntimeError(f"Leading dimension requirement on {name} for FP8 GEMM. Caller must pad.")
+    square = [tensor._is_2D_scaled for tensor in (A, B) if hasattr(tensor, "_is_2D_scaled")]
+    if square and right.shape[1] % 8:
+        raise RuntimeError("Outer dimension requirement on A for NVTE_BLOCK_SCALING GEMM. Caller must pad.")
+    if square and not square[-1] and left.shape[0] % 8:
+        raise RuntimeError("Outer dimension requirement on B for NVTE_BLOCK_SCALING GEMM. Caller must pad.")
 
 
 def _gelu_derivative(x: torch.Tensor) -> torch.Tensor:

@@ -41,7 +41,7 @@ def quantize(tensor: torch.Tensor, quantizer: Any, output: Any = None, noop: tor
     tensor = tensor.detach()
     kind = type(quantizer).__name__
     if kind == "Float8Quantizer":
-        quantizer.amax.copy_(torch.maximum(quantizer.amax.flatten()[0], _amax(tensor)).view(quantizer.amax.shape))
+        quantizer.amax.copy_(torch.maximum(quantizer.amax, _amax(tensor)))  # of no numbers where nobody asks
         return _store_per_tensor(tensor, quantizer, quantizer.scale.float().view(1), output)
     if kind == "Float8CurrentScalingQuantizer":
         amax = _amax(tensor)
@@ -169,13 +169,17 @@ def dequantize(tensor: Any, dtype: Any) -> torch.Tensor:
     return wide.reshape(wide.shape[0], -1).T.reshape(*wide.shape[1:], wide.shape[0]).to(to_torch(dtype))
 
 
+def is_fp8(tensor: Any) -> bool:
+    return hasattr(tensor, "_fp8_dtype")
+
+
 def dequantize_for_gemm(tensor: Any, rowwise: bool) -> torch.Tensor:
     """An operand in float32, in its logical shape, from the copy that Hopper's product would read.
 
     Raises:
         RuntimeError: the copy for this direction is missing, which the extension refuses as well.
     """
-    if isinstance(tensor, torch.Tensor) and not hasattr(tensor, "_fp8_dtype"):
+    if not is_fp8(tensor):
         return tensor.detach().float()
     if hasattr(tensor, "_transpose"):  # one scale for all: a transpose says the same as its original
         if (tensor._data if rowwise else tensor._transpose) is None or (not rowwise and tensor._transpose_invalid):
@@ -185,15 +189,16 @@ def dequantize_for_gemm(tensor: Any, rowwise: bool) -> torch.Tensor:
     inverse = tensor._rowwise_scale_inv if rowwise else tensor._columnwise_scale_inv
     if data is None or inverse is None:
         raise RuntimeError(f"GEMM operand lacks its {'rowwise' if rowwise else 'columnwise'} data")
-    wide = _from_blocks(data, inverse, to_torch(tensor._fp8_dtype), square=tensor._is_2D_scaled)
+    matrix = data.reshape(-1, data.shape[-1]) if rowwise else data.reshape(data.shape[0], -1)
+    wide = _from_blocks(matrix, inverse, to_torch(tensor._fp8_dtype), square=tensor._is_2D_scaled)
     return wide.view(data.shape) if rowwise else wide.T.reshape(*data.shape[1:], data.shape[0])
 
 
 def _from_blocks(data: torch.Tensor, inverse: torch.Tensor, dtype: torch.dtype, square: bool) -> torch.Tensor:
-    matrix = data.reshape(-1, data.shape[-1]).view(dtype).float()
-    rows, columns = matrix.shape
+    """Bytes [M, K] in float32; the inverse of ``blocks``."""
+    rows, columns = data.shape
     if square:
         grid = inverse.repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :columns]
     else:
         grid = inverse.T[:rows].repeat_interleave(BLOCK, 1)[:, :columns]
-    return matrix * grid
+    return data.view(dtype).float() * grid

@@ -29,15 +29,13 @@ def fused_amax_and_scale_update_after_reduction(
     start = 0
     for history, scale in zip(amax_histories, scales, strict=True):
         latest = amax_reduction_buffer[start : start + scale.numel()]
+        latest = torch.where(latest != 0, latest, history[0])
         start += scale.numel()
         seen = torch.cat([latest[None], history[1:]])
         amax = seen.amax(0) if amax_compute_algo == "max" else latest
         rolled = seen.roll(-1, 0)
         rolled[0] = 0
-        if len(history) > 1:
-            history.copy_(rolled)
-        else:
-            history.zero_()
+        history.copy_(rolled)
         new = largest / amax / 2**margin
         new = torch.where(torch.isinf(new), torch.full_like(new, torch.finfo(torch.float32).max), new)
         scale.copy_(torch.where((amax > 0) & torch.isfinite(amax), new, scale))
