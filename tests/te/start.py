@@ -16,8 +16,12 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 PACKAGES = Path(os.environ.get("TE_PACKAGES", ROOT / ".venv" / "te"))
 
 
-def transformer_engine() -> None:
-    """Make ``import transformer_engine.pytorch`` work; ``transformer_engine_torch`` is the stand-in."""
+def transformer_engine(*, triton: bool = False) -> None:
+    """Make ``import transformer_engine.pytorch`` work; ``transformer_engine_torch`` is the stand-in.
+
+    Args:
+        triton: keep the launchers of Transformer Engine's Triton kernels instead of what stands in for them.
+    """
     sys.path[:0] = [str(Path(__file__).parent / "stand_in"), str(PACKAGES)]
     os.environ["NVTE_PROJECT_BUILDING"] = "1"  # its compiled libraries are not looked for
     with warnings.catch_warnings():
@@ -26,7 +30,8 @@ def transformer_engine() -> None:
         common = importlib.import_module("transformer_engine.common")
     common.load_framework_extension = lambda framework: None
     importlib.import_module("transformer_engine").pytorch = importlib.import_module("transformer_engine.pytorch")
-    _replace_triton()
+    if not triton:
+        _replace_triton()
 
 
 def _replace_triton() -> None:
