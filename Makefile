@@ -1,5 +1,5 @@
 # make demo      corpus, tokenizer, pretraining, export and generation, in one go (minutes; CPU or GPU)
-# make test      the tests
+# make test      the tests; with TE=required those of tests/te fail, instead of being skipped, where its packages are not
 # make lint      format, lint and types
 # make gpu-check GPU tests, one bf16 training run and the layer benchmark; takes the Python that has torch, installs nothing
 # make install-container  into the Python at hand (NVIDIA's PyTorch container), replacing no package
@@ -17,7 +17,8 @@ demo: venv
 	@$(PY) -m megatron_dynmoe.demo $(DEMO_ARGS)
 
 test: venv
-	@$(PY) -m pytest -q $(PYTEST_ARGS)
+	@tools/setup_venv.sh te || [ "$(TE)" != required ]
+	@TE=$(TE) $(PY) -m pytest -q $(PYTEST_ARGS)
 
 lint: venv
 	$(PY) -m ruff check .

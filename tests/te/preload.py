@@ -28,13 +28,17 @@ def asked_by_megatron_or_transformer_engine() -> bool:
     return module.partition(".")[0] in ("megatron", "transformer_engine")
 
 
-device._asked_by_megatron = asked_by_megatron_or_transformer_engine
-torch.cuda.is_current_stream_capturing = lambda: False
-torch.cuda.get_device_capability = lambda device=None: (9, 0)
-torch.cuda.get_device_properties = lambda device=None: SimpleNamespace(
-    name="cpu", major=9, minor=0, multi_processor_count=132
-)
+def claim_hopper() -> None:
+    """After ``host.enable()``: what is still to be said of the device."""
+    torch.cuda.is_current_stream_capturing = lambda: False
+    torch.cuda.get_device_capability = lambda device=None: (9, 0)
+    torch.cuda.get_device_properties = lambda device=None: SimpleNamespace(
+        name="cpu", major=9, minor=0, multi_processor_count=132
+    )
 
+
+device._asked_by_megatron = asked_by_megatron_or_transformer_engine
+claim_hopper()
 flags_of_this_machine = host.default_flags
 
 

@@ -16,6 +16,15 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 PACKAGES = Path(os.environ.get("TE_PACKAGES", ROOT / ".venv" / "te"))
 
 
+def packages_are_missing() -> str | None:
+    """One sentence where the packages are not installed at the versions of requirements.txt."""
+    wanted = Path(__file__).with_name("requirements.txt").read_text(encoding="utf-8").split("\n")
+    for name, _, version in (line.partition("==") for line in wanted if "==" in line):
+        if not (PACKAGES / f"{name}-{version}.dist-info").is_dir():
+            return f"tests/te needs {name} {version} in {PACKAGES}; `tools/setup_venv.sh te` installs it."
+    return None
+
+
 def transformer_engine(*, triton: bool = False) -> None:
     """Make ``import transformer_engine.pytorch`` work; ``transformer_engine_torch`` is the stand-in.
 
