@@ -21,7 +21,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     asked = [Path(config.invocation_params.dir, arg.partition("::")[0]).resolve() for arg in config.args]
     inside = [path.is_relative_to(TE) for path in asked]
     if any(inside) and not all(inside):
-        raise pytest.UsageError("tests/te needs a run of its own: its processes have Transformer Engine, others do not.")
+        raise pytest.UsageError("tests/te needs a run of its own: Transformer Engine is in its processes alone.")
     return True if collection_path == TE and not any(inside) else None
 
 

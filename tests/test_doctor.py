@@ -106,6 +106,19 @@ def test_nvidias_apex_is_told_from_the_other(machine, modules, version, use) -> 
     assert (row.version, row.used_for) == (version, use)
 
 
+@pytest.mark.parametrize(
+    ("te", "modules", "by"),
+    [
+        ("2.20.2", [], "Transformer Engine's GEMM"),
+        ("2.20.2", ["fused_weight_gradient_mlp_cuda"], "apex"),
+        (None, [], None),
+    ],
+)
+def test_what_accumulates_weight_gradients_is_named(machine, te, modules, by) -> None:
+    machine(VERSIONS | {"transformer-engine": te}, modules, fake_torch(gpus=1))
+    assert rows(doctor.diagnose())["fused accumulation"].version == by
+
+
 @pytest.mark.parametrize(("text", "hybrid"), [("from .buffer import Buffer", None), ("HybridEPBuffer = 1", "1.2")])
 def test_hybrid_ep_is_a_build_of_deep_ep(machine, monkeypatch, tmp_path, text, hybrid) -> None:
     machine(VERSIONS | {"deep-ep": "1.2"}, torch=fake_torch())

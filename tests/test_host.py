@@ -91,6 +91,21 @@ def test_with_transformer_engine_nothing_is_left_out(monkeypatch):
     assert host.default_flags() == []
 
 
+@pytest.mark.parametrize("apex", [False, True])
+def test_transformer_engine_takes_the_place_of_apex_kernel_where_that_is_missing(apex, monkeypatch):
+    from megatron.core.extensions import transformer_engine
+    from megatron.core.tensor_parallel import layers
+
+    name = "fused_weight_gradient_mlp_cuda"
+    monkeypatch.setattr(transformer_engine, "te_general_gemm", lambda *args, **kwargs: None)
+    monkeypatch.setattr(layers, "_grad_accum_fusion_available", apex)
+    with host.enabled():
+        assert layers._grad_accum_fusion_available
+        assert (name in sys.modules) == hasattr(layers, name) == (not apex)
+    assert name not in sys.modules and not hasattr(layers, name)
+    assert layers._grad_accum_fusion_available == apex
+
+
 def test_with_cuda_only_what_is_at_fault_everywhere_is_touched(monkeypatch):
     monkeypatch.setattr(host, "_cuda_is_available", lambda: True)
     before = {name: dict(vars(owner)) for name, owner in TOUCHED.items()}

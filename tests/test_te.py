@@ -24,6 +24,7 @@ def test_transformer_engine_leg() -> None:
 
 
 def test_ordinary_tests_have_no_transformer_engine() -> None:
-    find = "import importlib.util as u; print(u.find_spec('transformer_engine'), u.find_spec('transformer_engine_torch'))"
+    names = ("transformer_engine", "transformer_engine_torch")
+    find = f"from importlib.util import find_spec; print(*map(find_spec, {names}))"
     found = subprocess.run([sys.executable, "-c", find], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert found == "None None\n"

@@ -1,7 +1,7 @@
 """TE's Triton kernels for permutation, interpreted, beside the stand-ins for them: ``python -m tests.te.interpret``.
 
-In a process of its own, because Triton reads ``TRITON_INTERPRET`` when it is imported. Prints what differs, a line each;
-the exit code is their number.
+In a process of its own, because Triton reads ``TRITON_INTERPRET`` when it is imported. Prints what differs; the exit
+code is the number of differences.
 """
 
 import os

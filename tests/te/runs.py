@@ -1,4 +1,4 @@
-"""Training runs of this leg: the command lines of ``examples/pretrain.sh`` at toy sizes, and what ranks do with them."""
+"""Training runs of this leg: command lines of ``examples/pretrain.sh`` at toy sizes, and what ranks do with them."""
 
 from __future__ import annotations
 
@@ -55,7 +55,9 @@ def command(model: str, settings: dict[str, str], save: Path, *flags: str) -> li
     stub, written = save / "torchrun", save / "torchrun.args"
     stub.write_text(f"#!/bin/bash\nprintf '%s\\n' \"$@\" >{written}\n")
     stub.chmod(0o755)
-    environment = os.environ | settings | {"SAVE": str(save), "TORCHRUN": str(stub), "RESTARTS": "0", "GPUS": str(RANKS)}
+    environment = (
+        os.environ | settings | {"SAVE": str(save), "TORCHRUN": str(stub), "RESTARTS": "0", "GPUS": str(RANKS)}
+    )
     environment |= {"TRAIN_ITERS": "100"}
     subprocess.run(["bash", str(EXAMPLES / "pretrain.sh"), model], env=environment, check=True, timeout=60)
     words = written.read_text().splitlines()

@@ -54,12 +54,15 @@ def _rotate(x: torch.Tensor, angles: torch.Tensor, interleaved: bool, back: bool
     """The first ``angles.shape[-1]`` numbers of each head turned; the rest passes."""
     width = angles.shape[-1]
     turned, rest = x[..., :width].float(), x[..., width:]
-    if interleaved:
-        halves = torch.stack([-turned[..., 1::2], turned[..., ::2]], -1).flatten(-2)
-    else:
-        halves = torch.cat([-turned[..., width // 2 :], turned[..., : width // 2]], -1)
-    sine = -angles.sin() if back else angles.sin()
-    return torch.cat([(turned * angles.cos() + halves * sine).to(x.dtype), rest], -1)
+
+    def quarter(y: torch.Tensor) -> torch.Tensor:  # its transpose is its negative
+        if interleaved:
+            return torch.stack([-y[..., 1::2], y[..., ::2]], -1).flatten(-2)
+        return torch.cat([-y[..., width // 2 :], y[..., : width // 2]], -1)
+
+    sine = angles.sin()
+    across = -quarter(turned * sine) if back else quarter(turned) * sine
+    return torch.cat([(turned * angles.cos() + across).to(x.dtype), rest], -1)
 
 
 def _fused_rope(x, freqs, form, interleaved, back):
