@@ -19,6 +19,7 @@ SAME = {
     "recompute moe": "--recompute-granularity selective --recompute-modules moe",
     "recompute moe_act and layernorm": "--recompute-granularity selective --recompute-modules moe_act layernorm",
     "recompute core_attn": "--recompute-granularity selective --recompute-modules core_attn",
+    "recompute shared_experts": "--recompute-granularity selective --recompute-modules shared_experts",
     "recompute full": "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
     "no overlap": "without --overlap-grad-reduce --overlap-param-gather",
 }

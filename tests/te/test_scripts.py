@@ -7,6 +7,12 @@ import pytest
 from tests.te.runs import MODELS, SCALARS, command, make_data, train
 
 
+# Experts are removed and added after iterations 3 and 6: before the checkpoint and after it.
+UPDATES = """
+    --moe-record-from 1 --moe-update-at 3 --moe-update-period 3 --moe-added-expert-init copy --moe-initial-experts 4
+""".split()
+
+
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
     return make_data(tmp_path_factory.mktemp("data"))
@@ -15,7 +21,7 @@ def settings(tmp_path_factory):
 @pytest.mark.parametrize("model", MODELS)
 def test_killed_and_resumed(model, settings, tmp_path):
     save = tmp_path / "save"
-    argv = command(model, settings, save)
+    argv = command(model, settings, save, *(UPDATES if model == "dynmoe_24l" else []))
     killed = train([*argv, "--save-interval", "4"], tmp_path / "killed", kill_at=7)
     assert (save / "latest_checkpointed_iteration.txt").read_text() == "4"
 
