@@ -1,11 +1,12 @@
 # make demo      corpus, tokenizer, pretraining, export and generation, in one go (minutes; CPU or GPU)
-# make test      the tests
+# make test      the tests; with TE=optional those of tests/te are skipped, instead of failing, where its packages are not
 # make lint      format, lint and types
 # make gpu-check GPU tests, one bf16 training run and the layer benchmark; takes the Python that has torch, installs nothing
 # make install-container  into the Python at hand (NVIDIA's PyTorch container), replacing no package
 # make clean     remove the demo's output and caches, keep .venv
 SHELL := /bin/bash
 PY := .venv/bin/python
+TE ?= required
 GPU_PYTHON ?= $(if $(wildcard $(PY)),$(PY),python3)
 
 .PHONY: demo test lint format gpu-check install-container constraints venv clean
@@ -17,7 +18,8 @@ demo: venv
 	@$(PY) -m megatron_dynmoe.demo $(DEMO_ARGS)
 
 test: venv
-	@$(PY) -m pytest -q $(PYTEST_ARGS)
+	@tools/setup_venv.sh te || [ "$(TE)" != required ]
+	@TE=$(TE) $(PY) -m pytest -q $(PYTEST_ARGS)
 
 lint: venv
 	$(PY) -m ruff check .

@@ -158,6 +158,9 @@ def _accelerator_rows() -> Iterator[Row]:
     te = _version("transformer-engine") or _version("transformer-engine-torch")
     yield Row("Transformer Engine", te, "FP8 experts, fused permute, attention", "torch grouped GEMM, torch kernels")
     yield Row("apex", *_apex(), "fused Adam and norms of Transformer Engine or torch")
+    fused = "apex" if _spec("fused_weight_gradient_mlp_cuda") else "Transformer Engine's GEMM" if te else None
+    use = "weight gradients added up by the product that makes them"
+    yield Row("fused accumulation", fused, use, "an addition of its own")
     deep_ep = _spec("deep_ep")
     version = (_version("deep-ep") or "installed") if deep_ep else None
     use = "flex dispatcher, at most 32 experts a token"

@@ -1,7 +1,11 @@
-"""For every test: one thread a process, and tests that need devices or libraries that are not here skip themselves."""
+"""For every test: one thread a process, and tests that need devices or libraries that are not here skip themselves.
+
+tests/te is collected by a run of its own, which tests/test_te.py starts: there ``import transformer_engine`` works.
+"""
 
 import os
 from importlib.util import find_spec
+from pathlib import Path
 
 # Before torch is imported here or in a rank that a test spawns: two ranks on two cores must not fight for them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -9,6 +13,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 
 from tests.time_limit import pytest_addoption, pytest_configure  # noqa: F401  (hooks are found by name)
+
+TE = Path(__file__).parent / "te"
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave tests/te out of every run that asks for anything else."""
+    asked = [Path(config.invocation_params.dir, arg.partition("::")[0]).resolve() for arg in config.args]
+    inside = [path.is_relative_to(TE) for path in asked]
+    if any(inside) and not all(inside):
+        raise pytest.UsageError("tests/te needs a run of its own: Transformer Engine is in its processes alone.")
+    return True if collection_path == TE and not any(inside) else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -107,6 +107,19 @@ def test_nvidias_apex_is_told_from_the_other(machine, modules, version, use) -> 
 
 
 @pytest.mark.parametrize(
+    ("te", "modules", "by"),
+    [
+        ("2.20.2", [], "Transformer Engine's GEMM"),
+        ("2.20.2", ["fused_weight_gradient_mlp_cuda"], "apex"),
+        (None, [], None),
+    ],
+)
+def test_what_accumulates_weight_gradients_is_named(machine, te, modules, by) -> None:
+    machine(VERSIONS | {"transformer-engine": te}, modules, fake_torch(gpus=1))
+    assert rows(doctor.diagnose())["fused accumulation"].version == by
+
+
+@pytest.mark.parametrize(
     ("text", "hybrid", "use"),
     [
         ("from .buffer import Buffer", None, "flex dispatcher, at most 32 experts a token"),

@@ -85,17 +85,25 @@ def test_enabled_leaves_an_outer_enable_in_place():
     assert not host.active()
 
 
-@pytest.mark.parametrize(
-    "installed, flags",
-    [
-        ({"transformer_engine"}, ["--no-gradient-accumulation-fusion"]),
-        ({"transformer_engine", "fused_weight_gradient_mlp_cuda"}, []),
-    ],
-)
-def test_with_transformer_engine_only_what_apex_brings_is_left_out(installed, flags, monkeypatch):
+def test_with_transformer_engine_nothing_is_left_out(monkeypatch):
     monkeypatch.setattr(host, "_cuda_is_available", lambda: True)
-    monkeypatch.setattr(host.importlib.util, "find_spec", lambda name: name in installed or None)
-    assert host.default_flags() == flags
+    monkeypatch.setattr(host.importlib.util, "find_spec", lambda name: name == "transformer_engine" or None)
+    assert host.default_flags() == []
+
+
+@pytest.mark.parametrize("apex", [False, True])
+def test_transformer_engine_takes_the_place_of_apex_kernel_where_that_is_missing(apex, monkeypatch):
+    from megatron.core.extensions import transformer_engine
+    from megatron.core.tensor_parallel import layers
+
+    name = "fused_weight_gradient_mlp_cuda"
+    monkeypatch.setattr(transformer_engine, "te_general_gemm", lambda *args, **kwargs: None)
+    monkeypatch.setattr(layers, "_grad_accum_fusion_available", apex)
+    with host.enabled():
+        assert layers._grad_accum_fusion_available
+        assert (name in sys.modules) == hasattr(layers, name) == (not apex)
+    assert name not in sys.modules and not hasattr(layers, name)
+    assert layers._grad_accum_fusion_available == apex
 
 
 def test_with_cuda_only_what_is_at_fault_everywhere_is_touched(monkeypatch):

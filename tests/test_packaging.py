@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import megatron_dynmoe
 
 ROOT = Path(__file__).resolve().parent.parent
 SETUP_FILES = ["setup.py", "pyproject.toml", "constraints.txt", "Makefile", "tools/setup_venv.sh", ".ci/run"]
+SETUP_FILES.append("tests/te/requirements.txt")
 
 
 def setup_arguments() -> dict:
@@ -82,10 +84,12 @@ def test_unknown_name_is_answered_with_those_there_are() -> None:
         megatron_dynmoe.DynMoeConfig  # noqa: B018
 
 
-def run_setup(script: Path, **environment: str) -> subprocess.CompletedProcess:
+def run_setup(script: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
     """Run setup_venv.sh with a PATH that holds the system's tools alone, and no pyenv."""
     minimal = {"PATH": environment.pop("PATH"), "HOME": str(script.parent), "PYENV_ROOT": str(script.parent / "none")}
-    return subprocess.run(["bash", str(script)], capture_output=True, text=True, timeout=60, env=minimal | environment)
+    return subprocess.run(
+        ["bash", str(script), *arguments], capture_output=True, text=True, timeout=60, env=minimal | environment
+    )
 
 
 @pytest.fixture
@@ -158,6 +162,31 @@ def test_set_up_installs_with_uv_under_pips_settings_else_with_pip_and_once(chec
     (checkout / "constraints.txt").write_text("changed")
     run_setup(checkout / "tools/setup_venv.sh", PATH=str(checkout / "bin"), **environment)
     assert calls.exists()
+
+
+@pytest.mark.parametrize("uv_works", [True, False])
+def test_set_up_of_transformer_engine_is_a_folder_of_its_own(checkout: Path, uv_works: bool) -> None:
+    calls, wanted = checkout / "calls", checkout / "tests/te/requirements.txt"
+    wanted.parent.mkdir(parents=True)
+    wanted.write_bytes((ROOT / "tests/te/requirements.txt").read_bytes())
+    (checkout / ".venv/bin").mkdir(parents=True)
+    stamp = "echo dev | cat - setup.py constraints.txt | cksum >.venv/.installed"
+    subprocess.run(["bash", "-c", stamp], cwd=checkout, check=True)
+    for name, code in (("uv", 0 if uv_works else 2), ("python", 7)):
+        program = checkout / ".venv/bin" / name
+        program.write_text(f'#!/bin/sh\necho "{name} $@" >>"$CALLS"\nmkdir -p .venv/te\nexit {code}\n')
+        program.chmod(0o755)
+    for tool in ("cmp", "rm", "cp", "mkdir"):
+        (checkout / "bin" / tool).symlink_to(str(shutil.which(tool)))
+
+    done = run_setup(checkout / "tools/setup_venv.sh", "te", PATH=str(checkout / "bin"), CALLS=str(calls))
+
+    flags = "pip install -q --target .venv/te --no-deps -r tests/te/requirements.txt"
+    said = [line.replace(" --python .venv/bin/python -q", " -q") for line in calls.read_text().splitlines()]
+    assert f"uv {flags}" in said and (f"python -m {flags}" in said) == (not uv_works)
+    assert (done.returncode == 0) == uv_works
+    assert ("tests/te are skipped without them" in done.stderr) == (not uv_works)
+    assert (checkout / ".venv/te/.installed").exists() == uv_works
 
 
 def test_set_up_refuses_a_wrong_python_variable(checkout: Path) -> None:

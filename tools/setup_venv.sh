@@ -2,6 +2,7 @@
 # Make .venv with this project and its development tools, at the versions of constraints.txt.
 #
 #   tools/setup_venv.sh            # or: PYTHON=/path/to/python3.12 tools/setup_venv.sh
+#   tools/setup_venv.sh te         # and into .venv/te, a folder of its own, what tests/te runs: its requirements.txt
 #
 # Needs CPython 3.12 and nothing else. A second call costs nothing until setup.py or constraints.txt change: a stamp in .venv
 # holds their checksum, and is written last, so that an interrupted call is simply repeated. uv (inside .venv) installs where
@@ -53,9 +54,13 @@ lend_pip_settings_to_uv() { # what the user already said to uv stands; an unset 
     export UV_INDEX_STRATEGY="${UV_INDEX_STRATEGY:-unsafe-best-match}"
 }
 
+with_uv() {
+    (lend_pip_settings_to_uv && "$venv/bin/uv" pip install --python "$venv/bin/python" "$@")
+}
+
 install_with_uv() {
     "$venv/bin/python" -m pip install -q -c constraints.txt uv || return 1
-    (lend_pip_settings_to_uv && "$venv/bin/uv" pip install --python "$venv/bin/python" "$@")
+    with_uv "$@"
 }
 
 install() {
@@ -65,8 +70,22 @@ install() {
     }
 }
 
+install_te() { # for tests/te; a folder that nothing else has on its path, so that Transformer Engine is found there alone
+    local folder=$venv/te wanted=tests/te/requirements.txt
+    cmp -s "$wanted" "$folder/.installed" && return
+    rm -rf "$folder"
+    echo "setup: installing Transformer Engine's Python into $folder, for tests/te"
+    set -- --target "$folder" --no-deps -r "$wanted"
+    with_uv -q "$@" || "$venv/bin/python" -m pip install -q "$@" || {
+        rm -rf "$folder"
+        fail "the packages of $wanted could not be installed, see the lines above; with TE=optional its tests are skipped."
+    }
+    cp "$wanted" "$folder/.installed"
+}
+
 checksum=$(echo "$extras" | cat - setup.py constraints.txt | cksum)
 if [ -x "$venv/bin/python" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$checksum" ]; then
+    [ "${1:-}" != te ] || install_te
     exit 0
 fi
 if [ -e "$venv" ]; then
@@ -79,3 +98,4 @@ fi
 echo "setup: installing megatron_dynmoe[$extras] and what it needs (PyTorch is large: minutes on a slow line)"
 install -c constraints.txt -e ".[$extras]" || fail "the installation failed, see the lines above; repeat the command once it is mended."
 echo "$checksum" >"$stamp"
+[ "${1:-}" != te ] || install_te

@@ -8,7 +8,7 @@ same program trains on gloo ranks, in float32 or bfloat16; loop, layouts and che
     host.enable()                         # first thing in the program
     sys.argv[1:1] = host.default_flags()  # what megatron must be told on such a machine; the user's flags follow
 
-Where CUDA is, ``enable()`` touches nothing but ``compile_helpers``, ``mixed groups`` and ``restarts``.
+Where CUDA is, ``enable()`` touches nothing but ``compile_helpers``, ``mixed groups``, ``restarts``, ``accumulation``.
 What is redirected, and why:
 
 claim
@@ -45,6 +45,9 @@ mixed groups
 restarts
     On **every** machine: ranks that torchrun has restarted read the addresses of those before: see
     ``host/restarts.py``.
+accumulation
+    Where Transformer Engine is without apex, its GEMM takes the place of apex' kernel that adds weight gradients into
+    their float32 sums, which megatron's output layer demands: see ``host/accumulation.py``.
 
 Limits: a process that is spawned, not forked, has to call ``enable()`` itself; context parallelism needs Transformer
 Engine's attention; gloo has no uneven all-gather (``dispatch/moves.py`` says one as an all-to-all); the stock local
@@ -57,6 +60,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
+from megatron_dynmoe.host.accumulation import accumulate_with_transformer_engine
 from megatron_dynmoe.host.buckets import redirect_buckets
 from megatron_dynmoe.host.device import redirect_device, redirect_placement
 from megatron_dynmoe.host.generators import redirect_generators
@@ -87,6 +91,7 @@ def enable() -> bool:
         with ExitStack() as undo:
             skip_compile_helpers(undo)
             keys_for_each_restart(undo)
+            accumulate_with_transformer_engine(undo)
             mend_mixed_groups(undo)  # before the redirection, which builds on it
             if not _cuda_is_available():
                 _redirect(undo)
@@ -128,13 +133,11 @@ def default_flags() -> list[str]:
     """Flags megatron's parser needs on this machine. They belong before the user's own, which then win.
 
     Without Transformer Engine, megatron's own implementations, and none of the kernels that apex and CUDA extensions
-    bring; without CUDA, gloo as well. With Transformer Engine only what apex alone brings is left out: unless told
-    otherwise, megatron's output layer accumulates its gradient with apex' kernel, and is not built without it.
+    bring; without CUDA, gloo as well. With Transformer Engine none: what apex alone brings, ``enable()`` replaces.
     """
     flags = [] if _cuda_is_available() else ["--distributed-backend", "gloo"]
     if _cuda_is_available() and importlib.util.find_spec("transformer_engine") is not None:
-        apex = importlib.util.find_spec("fused_weight_gradient_mlp_cuda")
-        return flags if apex else [*flags, "--no-gradient-accumulation-fusion"]
+        return flags
     return [
         *flags,
         *("--transformer-impl", "local"),
