@@ -104,7 +104,7 @@ def measure(shape: Shape, dtype: Any, repeats: int) -> list[dict[str, Any]]:
     x = torch.randn(shape.tokens, 1, shape.width, device=device).to(dtype)
     weight = torch.randn(shape.experts, shape.width, device=device) / shape.width**0.5
     p = threshold_for(shape, x, weight)
-    layers = {name: build() for name, build in builders(shape, dtype, p)}
+    layers = {name: build().to(device) for name, build in builders(shape, dtype, p)}
     for layer in layers.values():
         layer.router.weight.data.copy_(weight)
     seconds: dict[str, list[float]] = {name: [] for name in layers}
