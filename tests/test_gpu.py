@@ -2,8 +2,8 @@
 
 The bodies are ``benchmarks/gpu/cases.py``. On a GPU they run in this process and not in forked ranks (tests/ranks.py):
 a fork cannot use CUDA once its parent has asked for it.  The same bodies run on the CPU, in a rank without Transformer
-Engine; and, where ``tests/te`` and its packages are, over what stands in for its kernels: so they cannot fall behind the
-library.  One rank, so nothing is sent; what is sent where is tested on CPU ranks.
+Engine; and, where ``tests/te`` and its packages are, over what stands in for its kernels: so they cannot fall behind
+the library.  One rank, so nothing is sent; what is sent where is tested on CPU ranks.
 """
 
 import importlib.util

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from benchmarks.layer_quick import start_megatron
 
 __all__ = ["build", "has_te", "reference_pass", "start_megatron", "torch_layer"]
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 S, B, D, F, E = 96, 2, 128, 192, 8
 SEED = 5
 
