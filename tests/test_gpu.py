@@ -1,6 +1,6 @@
 """What a GPU must show: the layer on CUDA kernels, Transformer Engine's experts, host synchronisations, NCCL.
 
-The bodies are ``benchmarks/gpu/cases.py``. On a GPU they run in this process and not in forked ranks (tests/ranks.py):
+The bodies are ``tests/gpu_cases.py``. On a GPU they run in this process and not in forked ranks (tests/ranks.py):
 a fork cannot use CUDA once its parent has asked for it.  The same bodies run on the CPU, in a rank without Transformer
 Engine; and, where ``tests/te`` and its packages are, over what stands in for its kernels: so they cannot fall behind
 the library.  One rank, so nothing is sent; what is sent where is tested on CPU ranks.
@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu.cases import CASES
 from tests import ranks
+from tests.gpu_cases import CASES
 
 ROOT = Path(__file__).resolve().parent.parent
 TE = [name for name, case in CASES.items() if case.te]

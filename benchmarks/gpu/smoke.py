@@ -11,9 +11,9 @@ from benchmarks.gpu.step import ROOT, Context, StepError, environment
 
 
 def smoke(context: Context) -> None:
-    """The cases of ``benchmarks/gpu/cases.py`` that are marked for this, in bfloat16; one that fails stops no other."""
-    from benchmarks.gpu.cases import CASES
+    """The cases of ``tests/gpu_cases.py`` that are marked for this, in bfloat16; one that fails stops no other."""
     from benchmarks.gpu.layers import start_megatron
+    from tests.gpu_cases import CASES
 
     start_megatron()
     outcome: dict[str, str] = {}

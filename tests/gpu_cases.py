@@ -1,6 +1,6 @@
 """What a layer must do on any device, as functions that raise where it does not.
 
-``tests/test_gpu.py`` runs all of them, on a GPU and on the CPU; ``make gpu-check`` begins with those marked ``smoke``.
+``test_gpu.py`` runs all of them, on a GPU and on the CPU; ``make gpu-check`` begins with those marked ``smoke``.
 Each builds its own layer; Megatron has been started (:func:`benchmarks.gpu.layers.start_megatron`).
 """
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu import layers
-from benchmarks.gpu.layers import B, D, E, S, build, inputs, layer_pass, reference_pass, torch_layer
+from benchmarks.gpu.layers import B, D, E, S, build, inputs, layer_pass, torch_layer
 
 BF16 = torch.bfloat16
 
@@ -60,6 +60,26 @@ def case(name: str, *args: Any, **needs: bool) -> Callable[[Callable], Callable]
         return function
 
     return add
+
+
+def reference_pass(layer: Any, x: Tensor, grad: Tensor, p: float, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
+    """Output, and gradients of input, router and experts, of reference.py in plain torch in ``dtype``.
+
+    The router is float32 or wider, as everywhere; which experts are chosen is computed in float32 for all dtypes.
+    """
+    from megatron_dynmoe import reference
+
+    leaves = [t.detach().to(dtype).requires_grad_() for t in (x.reshape(-1, D), layer.router.weight)]
+    leaves += [t.detach().to(dtype).requires_grad_() for t in (layer.experts.weight1, layer.experts.weight2)]
+    x_TD, router, fc1, fc2 = leaves
+    chosen = reference.softmax_scores(x.reshape(-1, D).float(), layer.router.weight.float()).tolist()
+    sets = [reference.top_p_set(row, p) if p < 1 else set(range(E)) for row in chosen]
+    mask = torch.tensor([[e in s for e in range(E)] for s in sets], device=x.device)
+    wide = torch.promote_types(dtype, torch.float32)
+    scores = torch.softmax(x_TD.to(wide) @ router.to(wide).t(), dim=-1)
+    out = reference.dense_moe(x_TD, torch.where(mask, scores, 0).to(dtype), fc1, fc2)
+    out.backward(grad.reshape(-1, D).to(dtype))
+    return [out.detach().view_as(x), leaves[0].grad.view_as(x), *(leaf.grad for leaf in leaves[1:])], mask
 
 
 def error(got: Tensor, exact: Tensor) -> float:
