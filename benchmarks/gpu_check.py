@@ -19,6 +19,7 @@ import importlib.util
 import json
 import os
 import platform
+import signal
 import sys
 import tempfile
 import time
@@ -171,4 +172,6 @@ def table(report: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
+    # so that the step at hand is ended too, with what it started
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sys.exit(main())
