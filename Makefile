@@ -1,7 +1,7 @@
 # make demo      corpus, tokenizer, pretraining, export and generation, in one go (minutes; CPU or GPU)
 # make test      the tests; with TE=optional those of tests/te are skipped, instead of failing, where its packages are not
 # make lint      format, lint and types
-# make gpu-check GPU tests, one bf16 training run and the layer benchmark; takes the Python that has torch, installs nothing
+# make gpu-check nine minutes on a GPU: layers, tests, trainings, FP8, memory, times; installs nothing
 # make install-container  into the Python at hand (NVIDIA's PyTorch container), replacing no package
 # make clean     remove the demo's output and caches, keep .venv
 SHELL := /bin/bash

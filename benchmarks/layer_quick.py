@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def start_megatron() -> None:
-    """One rank, without ports or environment variables."""
+    """One rank, without ports or environment variables; once, if it is called again."""
     sys.path.insert(0, str(ROOT))
     from megatron_dynmoe import host
 
@@ -86,6 +86,8 @@ def start_megatron() -> None:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+    if torch.distributed.is_initialized():
+        return
     torch.distributed.init_process_group(host.backend(), store=torch.distributed.HashStore(), rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
     torch.manual_seed(1)
@@ -104,7 +106,7 @@ def measure(shape: Shape, dtype: Any, repeats: int) -> list[dict[str, Any]]:
     x = torch.randn(shape.tokens, 1, shape.width, device=device).to(dtype)
     weight = torch.randn(shape.experts, shape.width, device=device) / shape.width**0.5
     p = threshold_for(shape, x, weight)
-    layers = {name: build() for name, build in builders(shape, dtype, p)}
+    layers = {name: build().to(device) for name, build in builders(shape, dtype, p)}
     for layer in layers.values():
         layer.router.weight.data.copy_(weight)
     seconds: dict[str, list[float]] = {name: [] for name in layers}

@@ -104,6 +104,7 @@ class DynamicRouter(Router):
         Returns:
             weights [T, E] float32 with the losses attached to their backward pass, and the map [T, E] bool.
         """
+        self._follow(input)
         x_TD = self._jitter(input).reshape(-1, input.shape[-1])
         routing = self.routing(x_TD)
         self.free_weights_TZ, self.logits_TC = routing.free_weights_TZ, routing.logits_TC
@@ -118,6 +119,15 @@ class DynamicRouter(Router):
             self.record(x_TD, routing, valid_T)
         weights_TE = self._attach_losses(routing, valid_T) if self.training else routing.weights_TE
         return weights_TE, routing.map_TE
+
+    def _follow(self, input: Tensor) -> None:
+        """From the CPU, where megatron-core makes routers, to the input's GPU.
+
+        megatron-core's moves its weight in ``gating()`` (router.py:96), which ours has not. In training models are
+        moved whole, and a layer moves its router when it is built; this is for a router that neither has happened to.
+        """
+        if input.device.type == "cuda" and self.weight.device.type == "cpu":
+            self.to(input.device)
 
     def forget(self) -> None:
         """Let go of what the layer has read of this pass: it would keep the pass's whole graph alive."""
