@@ -24,7 +24,8 @@ REQUIRES = [
 ]
 
 EXTRAS = {
-    "te": ["transformer-engine[core_cu13,pytorch]"],
+    # what its Python imports at its start, and some of its builds do not ask for; onnxscript brings onnx, onnx_ir, ml_dtypes
+    "te": ["transformer-engine[core_cu13,pytorch]", "onnxscript", "onnx", "pydantic"],
     "data": ["zstandard", "orjson"],
     "wandb": ["wandb"],
     "plots": ["matplotlib"],

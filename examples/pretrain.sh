@@ -15,6 +15,7 @@
 #   FP8        delayed, tensorwise or blockwise; 1 is blockwise. TRANSFORMER_IMPL=local: rowwise too, and 1 is rowwise
 #   SMOKE      1: the same at toy sizes within minutes, on 2 CPU ranks where there is no GPU; DATA, TOKENIZER, SAVE are made
 #   DRY_RUN    1: print the command instead of running it
+#   PYTHON     which one; TORCHRUN likewise. By themselves the checkout's own, else what the PATH has
 #
 # Flags of your own come after and win:  examples/pretrain.sh dynamic_moe_24l --micro-batch-size 4
 # A model's file wins over what stands here: layout (--pipeline-model-parallel-size ...), recomputation, rates. Its
@@ -44,7 +45,7 @@ done
 
 bin=$here/../.venv/bin # the checkout's own, if `make` has built it
 [[ -x $bin/torchrun ]] && made=$bin/torchrun && python=$bin/python
-python=${python:-python3}
+python=${PYTHON:-${python:-python3}}
 export PYTHONPATH="$here/..${PYTHONPATH:+:$PYTHONPATH}"
 
 # The model and its routing: one flag a line, comments with #.

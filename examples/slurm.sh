@@ -60,10 +60,11 @@ else
     export MEGATRON_DYNMOE_OUTCOME_FILE=$SAVE/.outcome-$RDZV_ID.json
     mkdir -p "$SAVE" && rm -f "$MEGATRON_DYNMOE_OUTCOME_FILE"
     # Ranks count through a node before the next one (block), see all its GPUs, and have its cores for their threads.
-    srun --kill-on-bad-exit=1 --ntasks $((NNODES * GPUS)) --ntasks-per-node "$GPUS" --distribution block \
-        --gpu-bind none --cpu-bind none bash examples/pretrain.sh "$@" || code=$?
+    srun --kill-on-bad-exit=1 --ntasks=$((NNODES * GPUS)) --ntasks-per-node="$GPUS" --distribution=block \
+        --gpu-bind=none --cpu-bind=none bash examples/pretrain.sh "$@" || code=$?
     if [[ -f $MEGATRON_DYNMOE_OUTCOME_FILE ]]; then
-        code=$(sed -n 's/.*"code": \([0-9]*\).*/\1/p' "$MEGATRON_DYNMOE_OUTCOME_FILE")
+        first=$(sed -n 's/.*"code": \([0-9]*\).*/\1/p' "$MEGATRON_DYNMOE_OUTCOME_FILE")
+        code=${first:-$code}
         rm -f "$MEGATRON_DYNMOE_OUTCOME_FILE"
     fi
 fi

@@ -48,6 +48,11 @@ for size in tensor-model context pipeline-model; do
     fi
 done
 
+if [[ " ${model[*]} " == *" --sequence-parallel "* && $(own --tensor-model-parallel-size 1) == 1 ]]; then
+    smoke "dropped --sequence-parallel: it comes with tensor parallelism"
+    mapfile -t model < <(printf '%s\n' "${model[@]}" | grep -vx -- --sequence-parallel)
+fi
+
 if [[ -z ${SAVE:-} ]]; then
     SAVE=$(mktemp -d "${TMPDIR:-/tmp}/dynmoe-smoke-XXXXXX")
     smoke "checkpoints and curves are in $SAVE"

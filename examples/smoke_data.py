@@ -1,6 +1,6 @@
 """A small indexed dataset and its tokenizer, made of the checkout's own documents with the project's tools.
 
-    python examples/smoke_data.py FOLDER    # FOLDER/tokenizer.model, FOLDER/text.bin, FOLDER/text.idx
+python examples/smoke_data.py FOLDER    # FOLDER/tokenizer.model, FOLDER/text.bin, FOLDER/text.idx
 """
 
 import json
@@ -24,7 +24,9 @@ def main(folder: Path) -> None:
     parts = [part for document in documents for part in document.split("\n\n") if part.strip()]
     shard.write_text("".join(f"{json.dumps({'text': part})}\n" for part in parts), encoding="utf-8")
     model = train_tokenizer([shard], folder / "tokenizer", vocab_size=VOCABULARY, overwrite=True)
-    preprocess([shard], folder / "text", tokenizer=TokenizerFile.find(model), append_eod=True, workers=1, overwrite=True)
+    preprocess(
+        [shard], folder / "text", tokenizer=TokenizerFile.find(model), append_eod=True, workers=1, overwrite=True
+    )
 
 
 if __name__ == "__main__":
