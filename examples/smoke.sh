@@ -4,9 +4,9 @@
 
 smoke() { echo "smoke: $*" >&2; }
 
-# How many GPUs there are, and whether Transformer Engine imports.
-read -r gpus_here te_here < <("$python" -c '
-import warnings; warnings.simplefilter("ignore")
+# How many GPUs there are and whether Transformer Engine imports; nothing to ask where both are said.
+gpus_here='' te_here=''
+[[ -n ${GPUS:-} && -n ${TRANSFORMER_IMPL:-} ]] || read -r gpus_here te_here < <("$python" -c '
 import torch
 try:
     import transformer_engine.pytorch
@@ -24,7 +24,7 @@ if [[ -z ${TRANSFORMER_IMPL:-} && $te_here == no ]]; then
     smoke "dropped --no-create-attention-mask-in-dataloader: attention without Transformer Engine reads the mask"
     model+=(--cross-entropy-loss-fusion) # which torch has as well
 fi
-((gpus_here > 0)) || smoke "no GPU here: $GPUS ranks on the CPU, gloo instead of NCCL"
+[[ $gpus_here != 0 ]] || smoke "no GPU here: $GPUS ranks on the CPU, gloo instead of NCCL"
 
 # Widths are multiples of 128, as blockwise FP8 wants; one more layer on each side than --first-last-layers-bf16 takes.
 model+=(

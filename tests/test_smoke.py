@@ -166,11 +166,20 @@ def test_a_models_file_brings_its_layout(stub, a_model):
 
 
 def smoke(stub, model: str, *flags: str, **given: str) -> list[str]:
-    return dry_run("pretrain.sh", stub, model, *flags, SMOKE="1", **given)
+    return dry_run("pretrain.sh", stub, model, *flags, SMOKE="1", GPUS="2", **given)
 
 
 def test_smoke_keeps_what_it_does_not_name(stub):
-    done = run("pretrain.sh", stub, DYNAMIC, SMOKE="1", DRY_RUN="1", CUDA_VISIBLE_DEVICES="", **settings(stub))
+    done = run(
+        "pretrain.sh",
+        stub,
+        DYNAMIC,
+        SMOKE="1",
+        DRY_RUN="1",
+        CUDA_VISIBLE_DEVICES="",
+        PYTHON=sys.executable,
+        **settings(stub),
+    )
     full = dry_run("pretrain.sh", stub, DYNAMIC)
     kept = {word for word in full if word.startswith("--")} & set(done.stdout.split())
     dropped = {word for word in full if word.startswith("--")} - kept
@@ -183,7 +192,8 @@ def test_smoke_drops_parallelism_of_many_gpus_by_name(stub, a_model):
     a_model(
         "--pipeline-model-parallel-size 4\n--tensor-model-parallel-size 2\n--sequence-parallel\n--moe-layer-freq [1]*24"
     )
-    done = run("pretrain.sh", stub, "mine", SMOKE="1", DRY_RUN="1", PYTHON=sys.executable, **settings(stub))
+    given = {"SMOKE": "1", "GPUS": "2", "TRANSFORMER_IMPL": "transformer_engine", "DRY_RUN": "1"}
+    done = run("pretrain.sh", stub, "mine", **(settings(stub) | given))
     assert "dropped --pipeline-model-parallel-size 4" in done.stderr
     assert "dropped --tensor-model-parallel-size 2" in done.stderr and "dropped --sequence-parallel" in done.stderr
     argv = shlex.split(done.stdout)
