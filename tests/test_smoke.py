@@ -208,32 +208,15 @@ def tiny_data(folder) -> dict[str, str]:
     return {"DATA": str(folder / "text"), "TOKENIZER": str(folder / "tokenizer.model")}
 
 
-def in_turn(commands: list[list[str]]) -> int:
-    """Each command line on these ranks: global state is new in a process of its own."""
-    for number, argv in enumerate(commands):
-        child = os.fork()
-        if not child:
-            os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + number)
-            code = 1
-            try:
-                code = ranks.pretrain(argv)
-            finally:
-                os._exit(code)
-        if code := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
-            return code
-    return 0
-
-
 def test_every_model_trains_at_toy_size(stub, tmp_path):
     data = tiny_data(tmp_path / "data")
-    commands = []
     for model in MODELS:
-        given = data | {"SAVE": str(tmp_path / model), "TRAIN_ITERS": "2", "TRANSFORMER_IMPL": "local"}
-        commands.append([*smoke(stub, model, **given), "--eval-iters", "0", "--num-workers", "0"])
-    ranks.call(in_turn, commands, ranks=2, folder=tmp_path / "ranks")
-    for model in MODELS:
-        assert (tmp_path / model / "latest_checkpointed_iteration.txt").read_text() == "2"
-        assert read_metrics(tmp_path / model / "metrics.jsonl")[-1]["experts_per_token"] > 0
+        save = tmp_path / model
+        given = data | {"SAVE": str(save), "TRAIN_ITERS": "2", "TRANSFORMER_IMPL": "local"}
+        argv = [*smoke(stub, model, **given), "--eval-iters", "0", "--num-workers", "0"]
+        ranks.call(ranks.pretrain, argv, ranks=2, folder=save / "ranks")
+        assert (save / "latest_checkpointed_iteration.txt").read_text() == "2"
+        assert read_metrics(save / "metrics.jsonl")[-1]["experts_per_token"] > 0
 
 
 def test_smoke_as_users_run_it_saves_on_sigterm_and_resumes(stub, tmp_path):
