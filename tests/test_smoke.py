@@ -61,7 +61,8 @@ def layouts_and_precisions(stub) -> list[tuple[int, list[str]]]:
         # which Megatron refuses beside a history of scales
         assert ("--first-last-layers-bf16" in argv) == (recipe != "delayed")
         commands.append((8, argv))
-    return commands
+    toy = [smoke(stub, model, TRANSFORMER_IMPL=impl) for model in MODELS for impl in ("local", "transformer_engine")]
+    return commands + [(2, argv) for argv in toy]
 
 
 def test_megatron_accepts_every_size_and_precision(stub):
@@ -208,9 +209,11 @@ def tiny_data(folder) -> dict[str, str]:
     return {"DATA": str(folder / "text"), "TOKENIZER": str(folder / "tokenizer.model")}
 
 
-def test_every_model_trains_at_toy_size(stub, tmp_path):
+def test_models_train_at_toy_size(stub, tmp_path):
+    # each family once, for the time that it takes: DynMoE's is below, and the validation above has them all
+    once = [model for model in MODELS if model == MOE_PLUS_PLUS or model.startswith("dynamic")]
     data = tiny_data(tmp_path / "data")
-    for model in MODELS:
+    for model in once:
         save = tmp_path / model
         given = data | {"SAVE": str(save), "TRAIN_ITERS": "2", "TRANSFORMER_IMPL": "local"}
         argv = [*smoke(stub, model, **given), "--eval-iters", "0", "--num-workers", "0"]
@@ -234,12 +237,13 @@ def test_smoke_as_users_run_it_saves_on_sigterm_and_resumes(stub, tmp_path):
                 assert time.monotonic() < deadline and job.poll() is None, (tmp_path / "log").read_text()[-3000:]
                 time.sleep(0.2)
             job.send_signal(signal.SIGTERM)
-            assert job.wait(timeout=100) == 0, (tmp_path / "log").read_text()[-3000:]
+            assert job.wait(timeout=100) in (0, 143), (tmp_path / "log").read_text()[-3000:]
         finally:
             job.kill()
     saved = int((save / "latest_checkpointed_iteration.txt").read_text())
-    assert saved % 5 or "exiting program after receiving SIGTERM" in (tmp_path / "log").read_text()
+    assert "exiting program after receiving SIGTERM" in (tmp_path / "log").read_text()
     data = {"DATA": str(save / "data" / "text"), "TOKENIZER": str(save / "data" / "tokenizer.model"), "SAVE": str(save)}
     argv = smoke(stub, DYNMOE, TRANSFORMER_IMPL="local", TRAIN_ITERS="100000", **data)
-    ranks.call(ranks.pretrain, [*argv, "--exit-interval", str(saved + 1)], ranks=2, folder=tmp_path / "resumed")
+    argv += ["--num-workers", "0", "--exit-interval", str(saved + 1)]  # forked ranks cannot start workers
+    ranks.call(ranks.pretrain, argv, ranks=2, folder=tmp_path / "resumed")
     assert read_metrics(save / "metrics.jsonl")[-1]["iteration"] == saved + 1
