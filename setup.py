@@ -24,7 +24,7 @@ REQUIRES = [
 ]
 
 EXTRAS = {
-    # what its Python imports at its start, and some of its builds do not ask for; onnxscript brings onnx, onnx_ir, ml_dtypes
+    # what its Python imports at its start; onnxscript brings onnx_ir and ml_dtypes
     "te": ["transformer-engine[core_cu13,pytorch]", "onnxscript", "onnx", "pydantic"],
     "data": ["zstandard", "orjson"],
     "wandb": ["wandb"],

@@ -32,7 +32,8 @@ MEGATRON_CORE = "0.19.2"
 # Their dependencies are the business of whoever built them: a container's torch brings CUDA without its packages.
 SEALED = {"torch", "transformer-engine"}
 # But what Transformer Engine 2.20's Python imports at its start has to be there: without it Megatron trains as if there
-# were no Transformer Engine. (packaging, einops and psutil, which it or the checkpoint writer import, are required anyway.)
+# were no Transformer Engine. (packaging, einops and psutil, which it or the checkpoint writer imports, are required of
+# every machine.)
 IMPORTED_BY_TE = ("onnxscript", "onnx", "onnx_ir", "ml_dtypes", "pydantic")
 
 
@@ -168,7 +169,10 @@ def _megatron_rows() -> Iterator[Row]:
 
 def _accelerator_rows() -> Iterator[Row]:
     yield Row(
-        "Transformer Engine", _te_version(), "FP8 experts, fused permute, attention", "torch grouped GEMM, torch kernels"
+        "Transformer Engine",
+        _te_version(),
+        "FP8 experts, fused permute, attention",
+        "torch grouped GEMM, torch kernels",
     )
     if lacks := _te_lacks():
         yield Row("what it imports", None, "importing Transformer Engine", f"it does not; missing: {', '.join(lacks)}")

@@ -27,7 +27,7 @@ from megatron_dynmoe.launch.meeting import Beat, Host, Order, Wire
 
 PAUSE = 0.5  # seconds between beats
 BARRIER = 5.0  # seconds for torchrun to leave after its ranks when it has to end; it would wait 300 for other nodes
-# The signals that torchrun handles (its --signals-to-handle, in torch 2.11 too): all but SIGTERM, which it ignores here.
+# The signals that torchrun handles (--signals-to-handle, in torch 2.11 too): all but SIGTERM, which it ignores here.
 # Slurm sends SIGTERM to every process of a job. torchrun would kill ranks 30 s later, while they save, and only from
 # torch 2.13 on can that time be set. Ranks inherit the ignored signal; parent.end_with_parent() gives it back to them.
 OTHERS = "SIGINT,SIGHUP,SIGQUIT"
