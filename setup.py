@@ -24,7 +24,8 @@ REQUIRES = [
 ]
 
 EXTRAS = {
-    "te": ["transformer-engine[core_cu13,pytorch]"],
+    # what its Python imports at its start; onnxscript brings onnx_ir and ml_dtypes
+    "te": ["transformer-engine[core_cu13,pytorch]", "onnxscript", "onnx", "pydantic"],
     "data": ["zstandard", "orjson"],
     "wandb": ["wandb"],
     "plots": ["matplotlib"],

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Pretrain one of the models in examples/models on 8 GPUs. MODEL is the name of its file there, without .args:
-# dynamic_moe_24l, the model of the Dynamic MoE paper; dynmoe_24l, as large, with the routing of DynMoE; one of
-# moe_plus_plus_0.6b, _1b, _2b, _7b, the sizes of the MoE++ paper; or dynamic_moe_30b_a3b, for 32 GPUs or more.
+# Pretrain one of the models in examples/models. MODEL is the name of its file there, without .args: dynamic_moe_24l, the
+# 3.5B model of the Dynamic MoE paper; dynmoe_24l, as large, with the routing of DynMoE; one of moe_plus_plus_0.6b, _1b,
+# _2b, _7b, the sizes of the MoE++ paper; dynamic_moe_30b_a3b, for 32 GPUs or more; or any other file that is there.
 #
 #   DATA="0.7 data/cc 0.3 data/code" TOKENIZER=llama2/tokenizer.model SAVE=runs/dynamic_moe \
 #       examples/pretrain.sh dynamic_moe_24l
@@ -9,15 +9,27 @@
 #   DATA       indexed datasets without .bin/.idx, each with its weight before it, or one alone
 #   TOKENIZER  what the data was tokenized with: a SentencePiece .model, or a Hugging Face folder
 #   SAVE       where checkpoints and curves go; training resumes from there if it holds a checkpoint
+#   GPUS       GPUs of a node (8)
+#   NNODES     nodes (1). More of them through slurm.sh, or by hand: on each node the same command, and the same
+#              RDZV_ENDPOINT=host:port of the first
+#   FP8        delayed, tensorwise or blockwise; 1 is blockwise. TRANSFORMER_IMPL=local: rowwise too, and 1 is rowwise
+#   SMOKE      1: the same at toy sizes within minutes, on 2 CPU ranks where there is no GPU; DATA, TOKENIZER, SAVE are made
+#   DRY_RUN    1: print the command instead of running it
+#   PYTHON     which one; TORCHRUN likewise. By themselves the checkout's own, else what the PATH has
 #
 # Flags of your own come after and win:  examples/pretrain.sh dynamic_moe_24l --micro-batch-size 4
-# GPUS (8) is the number of GPUs of a node, TRAIN_ITERS the length of training. Several nodes: slurm.sh.
-# Ends and restarts (docs/cluster.md): RESTARTS (3), LOST_AFTER (90 s), GIVE_UP_AFTER (1800 s).
-# Without Transformer Engine: TRANSFORMER_IMPL=local, which computes the experts with torch's grouped GEMM.
+# A model's file wins over what stands here: layout (--pipeline-model-parallel-size ...), recomputation, rates. Its
+# micro-batch and its expert parallelism are the most that is used, less where the GPUs are few or many.
+# TRAIN_ITERS is the length of training. Ends and restarts (docs/cluster.md): RESTARTS (3), LOST_AFTER (90 s),
+# GIVE_UP_AFTER (1800 s). Without Transformer Engine: TRANSFORMER_IMPL=local, experts by torch's grouped GEMM.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 refuse() { echo "$(basename "$0"): $*" >&2; exit 2; }
+tell() { echo "$(basename "$0"): $*" >&2; }
+check_number() { # NAME VALUE
+    [[ $2 =~ ^[1-9][0-9]{0,8}$ ]] || refuse "$1 is $2; accepted: a whole number of at least 1."
+}
 
 models=("$here"/models/*.args)
 models=("${models[@]##*/}")
@@ -27,6 +39,38 @@ accepted=${accepted:2}
 [[ $1 != */* && -f $here/models/$1.args ]] || refuse "MODEL is $1; accepted as the first argument: $accepted."
 model_file=$here/models/$1.args
 shift
+for switch in SMOKE DRY_RUN; do
+    [[ ${!switch:-0} == [01] ]] || refuse "$switch is ${!switch}; accepted: 1 or 0."
+done
+
+bin=$here/../.venv/bin # the checkout's own, if `make` has built it
+[[ -x $bin/torchrun ]] && made=$bin/torchrun && python=$bin/python
+python=${PYTHON:-${python:-python3}}
+export PYTHONPATH="$here/..${PYTHONPATH:+:$PYTHONPATH}"
+
+# The model and its routing: one flag a line, comments with #.
+mapfile -t model < <(sed 's/#.*//' "$model_file" | xargs -n 1)
+mine=("$@")
+own() { # the value of flag $1 among the flags of your own or of the model, else $2
+    local found=$2 before='' word
+    for word in "${model[@]}" "${mine[@]}"; do
+        [[ $before != "$1" ]] || found=$word
+        [[ $word != "$1="* ]] || found=${word#*=}
+        before=$word
+    done
+    echo "$found"
+}
+number() { # the same, where it has to be a number
+    local found
+    found=$(own "$1" "$2")
+    check_number "$1" "$found" && echo "$found"
+}
+
+[[ ${SMOKE:-0} == 0 ]] || source "$here/smoke.sh"
+GPUS=${GPUS:-8} NNODES=${NNODES:-1} iterations=${TRAIN_ITERS:-95368}
+check_number GPUS "$GPUS"
+check_number NNODES "$NNODES"
+check_number TRAIN_ITERS "$iterations"
 
 [[ -n ${DATA:-} ]] || refuse "DATA is not set; give the indexed dataset(s), as in DATA=\"0.7 data/cc 0.3 data/code\"."
 [[ -n ${TOKENIZER:-} ]] || refuse "TOKENIZER is not set; give the SentencePiece .model or the Hugging Face folder of the data."
@@ -42,69 +86,17 @@ elif [[ -d $TOKENIZER ]]; then
 else
     refuse "TOKENIZER is $TOKENIZER, which does not exist."
 fi
-impl=${TRANSFORMER_IMPL:-transformer_engine}
-case $impl in
-    # causal attention of Transformer Engine reads no mask, of which the data loader would make 32 MB a micro-batch
-    transformer_engine)
-        kernels=(--moe-grouped-gemm --moe-permute-fusion --cross-entropy-loss-fusion)
-        kernels+=(--no-create-attention-mask-in-dataloader)
-        ;;
-    local)
-        kernels=(--no-persist-layer-norm --no-gradient-accumulation-fusion --no-rope-fusion)
-        kernels+=(--no-masked-softmax-fusion)
-        ;;
-    *) refuse "TRANSFORMER_IMPL is $impl; accepted: transformer_engine or local." ;;
-esac
 
-# The model and its routing: one flag a line, comments with #.
-mapfile -t model < <(sed 's/#.*//' "$model_file" | xargs -n 1)
-
-own() { # the value of flag $1 among the flags of your own or of the model, else $2
-    local found=$2 before='' word
-    for word in "${model[@]}" "${mine[@]}"; do
-        [[ $before != "$1" ]] || found=$word
-        [[ $word != "$1="* ]] || found=${word#*=}
-        before=$word
-    done
-    echo "$found"
-}
-mine=()
-most=$(own --micro-batch-size 8) # the model's alone
-mine=("$@")
-tensor=$(own --tensor-model-parallel-size 1) context=$(own --context-parallel-size 1)
-# Megatron wants one queue on GPUs before Blackwell, so that communication is launched in the order of the program.
-((tensor * context == 1)) || export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
-
-# At most 8 sequences a GPU at a time, or as many as the model's file says; fewer where the GPUs are so many that they
-# share a step's sequences.
-replicas=$((${GPUS:-8} * ${NNODES:-1} / (tensor * context * $(own --pipeline-model-parallel-size 1))))
-batch=$(own --global-batch-size 512)
-for micro in 8 4 2 1; do
-    ((micro > most)) || ((replicas * micro > batch || batch % (replicas * micro))) || break
-done
-((replicas > 0 && batch % (replicas * micro) == 0)) || refuse "--global-batch-size is $batch, which $replicas data-parallel \
-replicas do not divide; give a multiple of their number."
-
-# A model file may say how many GPUs its weights and the optimizer's state want.
-fewest=$(sed -n 's/^# GPUs of 80 GB at least: //p' "$model_file")
-((${GPUS:-8} * ${NNODES:-1} >= ${fewest:-1})) || echo "$(basename "$0"): $(basename "$model_file" .args) is planned for \
-$fewest GPUs of 80 GB or more, and gets $((${GPUS:-8} * ${NNODES:-1})): it may run out of memory (tools/plan_cluster.py)." >&2
+# Flags, environment and what cannot work: kernels, precision, layout.
+source "$here/layout.sh"
 
 # 100B tokens, as in the Dynamic MoE paper. The rest of this list is our choice: 512 sequences of 2048 are 2^20 tokens a
 # step, so 95368 steps; rates as usual for LLaMA models of this size.
-iterations=${TRAIN_ITERS:-95368}
 training=(
-    --micro-batch-size "$micro" --global-batch-size "$batch" --train-iters "$iterations"
+    --train-iters "$iterations" --global-batch-size 512
     --lr 3e-4 --min-lr 3e-5 --lr-decay-style cosine --lr-warmup-iters $((iterations / 50))
     --weight-decay 0.1 --adam-beta1 0.9 --adam-beta2 0.95 --clip-grad 1.0
     --eval-interval 1000 --eval-iters 20 --seed 1234
-)
-
-# Experts are spread over 8 ranks; all else is data parallel, the optimizer's state sharded.
-layout=(
-    --bf16 --transformer-impl "$impl" "${kernels[@]}"
-    --expert-model-parallel-size 8 --moe-token-dispatcher-type alltoall
-    --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
 )
 
 # Fully reshardable: resume on another number of GPUs, or with another layout.
@@ -116,21 +108,21 @@ files=(
     --log-interval 10 --tensorboard-dir "$SAVE/tensorboard" --moe-metrics-file "$SAVE/metrics.jsonl"
 )
 
+if [[ ${DRY_RUN:-0} == 1 ]]; then
+    exec() { printf '%q ' "$@" && echo && exit; }
+fi
+flags=("${training[@]}" "${layout[@]}" "${files[@]}" "${model[@]}" "${fitted[@]}" "$@")
+if [[ ${LAUNCH:-torchrun} == srun ]]; then # one of Slurm's tasks is one rank: slurm.sh
+    [[ -n ${SLURM_PROCID:-} ]] || refuse "LAUNCH is srun, but this is no task of Slurm's; LAUNCH=srun is for slurm.sh."
+    export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$GPUS
+    ((WORLD_SIZE == GPUS * NNODES)) || refuse "SLURM_NTASKS is $WORLD_SIZE; accepted: GPUS x NNODES, $((GPUS * NNODES))."
+    exec "$python" "$here/pretrain_dynmoe.py" "${flags[@]}"
+fi
+
 # A supervisor on each node starts torchrun, and starts it again from the last checkpoint when a rank fails or a node is
 # lost and comes back or has a spare in its place; docs/cluster.md says after how long.
 watch=(--save "$SAVE" --restarts "${RESTARTS:-3}" --lost-after "${LOST_AFTER:-90}" --give-up-after "${GIVE_UP_AFTER:-1800}")
-if [[ -n ${RDZV_ENDPOINT:-} ]]; then # set by the Slurm script: host:port where the nodes meet
-    watch+=(--nodes "$NNODES" --endpoint "$RDZV_ENDPOINT" --id "$RDZV_ID")
-fi
-# torchrun (2.13 and later; 30 s before that) waits so long after SIGTERM for ranks that still save.
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-110}
-
-bin=$here/../.venv/bin # the checkout's own, if `make` has built it
-[[ -x $bin/torchrun ]] && made=$bin/torchrun && python=$bin/python
-export PYTHONPATH="$here/..${PYTHONPATH:+:$PYTHONPATH}"
-if [[ ${DRY_RUN:-0} == 1 ]]; then # print the command instead of running it
-    exec() { printf '%q ' "$@" && echo && exit; }
-fi
-exec "${python:-python3}" -m megatron_dynmoe.launch "${watch[@]}" -- "${TORCHRUN:-${made:-torchrun}}" \
-    --nproc-per-node "${GPUS:-8}" "$here/pretrain_dynmoe.py" \
-    "${model[@]}" "${training[@]}" "${layout[@]}" "${files[@]}" "$@"
+# slurm.sh sets where the nodes meet; without that the supervisor refuses more than one
+watch+=(--nodes "$NNODES" ${RDZV_ENDPOINT:+--endpoint "$RDZV_ENDPOINT" --id "${RDZV_ID:-job}"})
+exec "$python" -m megatron_dynmoe.launch "${watch[@]}" -- "${TORCHRUN:-${made:-torchrun}}" \
+    --nproc-per-node "$GPUS" "$here/pretrain_dynmoe.py" "${flags[@]}"

@@ -31,6 +31,10 @@ PYTHON = (3, 12)
 MEGATRON_CORE = "0.19.2"
 # Their dependencies are the business of whoever built them: a container's torch brings CUDA without its packages.
 SEALED = {"torch", "transformer-engine"}
+# But what Transformer Engine 2.20's Python imports at its start has to be there: without it Megatron trains as if there
+# were no Transformer Engine. (packaging, einops and psutil, which it or the checkpoint writer imports, are required of
+# every machine.)
+IMPORTED_BY_TE = ("onnxscript", "onnx", "onnx_ir", "ml_dtypes", "pydantic")
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,16 @@ def missing_requirements(root: str = "megatron_dynmoe") -> list[str]:
                 missing[name] = f"{requirement.name}{requirement.specifier}"
             elif name not in SEALED:
                 queue.append(requirement.name)
-    return sorted(missing.values())
+    return sorted([*missing.values(), *(name for name in _te_lacks() if canonicalize_name(name) not in missing)])
+
+
+def _te_version() -> str | None:
+    return _version("transformer-engine") or _version("transformer-engine-torch")
+
+
+def _te_lacks() -> list[str]:
+    """What an installed Transformer Engine cannot be imported without, as far as it is missing."""
+    return [name for name in IMPORTED_BY_TE if _te_version() is not None and _version(name) is None]
 
 
 def _requirements(distribution: str) -> Iterator[Requirement]:
@@ -155,8 +168,14 @@ def _megatron_rows() -> Iterator[Row]:
 
 
 def _accelerator_rows() -> Iterator[Row]:
-    te = _version("transformer-engine") or _version("transformer-engine-torch")
-    yield Row("Transformer Engine", te, "FP8 experts, fused permute, attention", "torch grouped GEMM, torch kernels")
+    yield Row(
+        "Transformer Engine",
+        _te_version(),
+        "FP8 experts, fused permute, attention",
+        "torch grouped GEMM, torch kernels",
+    )
+    if lacks := _te_lacks():
+        yield Row("what it imports", None, "importing Transformer Engine", f"it does not; missing: {', '.join(lacks)}")
     yield Row("apex", *_apex(), "fused Adam and norms of Transformer Engine or torch")
     fused = "apex" if _spec("fused_weight_gradient_mlp_cuda") else "Transformer Engine's GEMM" if te else None
     use = "weight gradients added up by the product that makes them"

@@ -174,3 +174,16 @@ def test_command_line_on_this_machine() -> None:
     assert done.returncode == (0 if report["can_train"] else 1)
     assert report["can_train"] == (report["reason"] is None)
     assert {row["what"] for row in report["rows"]} >= {"torch", "megatron-core", "apex", "DeepEP", "Transformer Engine"}
+
+
+def test_what_transformer_engine_imports_is_named(machine) -> None:
+    engine = VERSIONS | {"transformer-engine": "2.20.2", "onnx": "1.23.2", "pydantic": "2.14.3"}
+    machine(engine, torch=fake_torch(gpus=8))
+    diagnosis = doctor.diagnose()
+    assert diagnosis.missing == ["ml_dtypes", "onnx_ir", "onnxscript"]
+    assert diagnosis.reason == "required packages are missing: ml_dtypes, onnx_ir, onnxscript."
+    assert rows(diagnosis)["what it imports"].otherwise == "it does not; missing: onnxscript, onnx_ir, ml_dtypes"
+    machine(engine | {"onnxscript": "0.7.2", "onnx_ir": "1.1.0", "ml_dtypes": "0.6.0"}, torch=fake_torch(gpus=8))
+    assert doctor.diagnose().reason is None and "what it imports" not in rows(doctor.diagnose())
+    machine(VERSIONS, torch=fake_torch(gpus=8))
+    assert doctor.missing_requirements() == []

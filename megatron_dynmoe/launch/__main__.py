@@ -27,6 +27,10 @@ from megatron_dynmoe.launch.meeting import Beat, Host, Order, Wire
 
 PAUSE = 0.5  # seconds between beats
 BARRIER = 5.0  # seconds for torchrun to leave after its ranks when it has to end; it would wait 300 for other nodes
+# The signals that torchrun handles (--signals-to-handle, in torch 2.11 too): all but SIGTERM, which it ignores here.
+# Slurm sends SIGTERM to every process of a job. torchrun would kill ranks 30 s later, while they save, and only from
+# torch 2.13 on can that time be set. Ranks inherit the ignored signal; parent.end_with_parent() gives it back to them.
+OTHERS = "SIGINT,SIGHUP,SIGQUIT"
 LINGER = 3.0  # seconds for which a host that ends repeats its last word
 
 
@@ -42,8 +46,8 @@ class Child:
         self.generation = generation
         self.folder = tempfile.TemporaryDirectory(prefix="dynmoe-launch-")
         self.outcome = Path(self.folder.name) / "outcome.json"
-        environment = os.environ | {outcome.VARIABLE: str(self.outcome)}
-        self.process = subprocess.Popen(command, env=environment, preexec_fn=_end_with_supervisor)
+        environment = os.environ | {outcome.VARIABLE: str(self.outcome), "PET_SIGNALS_TO_HANDLE": OTHERS}
+        self.process = subprocess.Popen(command, env=environment, preexec_fn=_before_torchrun)
 
     def ended(self) -> tuple[int, str] | None:
         """Exit code and sentence, None while it runs."""
@@ -70,9 +74,10 @@ class Child:
         self.folder.cleanup()
 
 
-def _end_with_supervisor() -> None:
-    """In torchrun, before it starts: PR_SET_PDEATHSIG. The thread that forks is this program's only one."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+def _before_torchrun() -> None:
+    """In torchrun, before it starts: it ends with its supervisor, and not by SIGTERM."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG; the thread that forks is this program's only one
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _children(pid: int) -> list[int]:
@@ -111,7 +116,7 @@ class Node:
     def stop(self, signum: int, frame: object) -> None:
         """SIGTERM: the ranks save and leave, then torchrun, then this process; a second signal ends them at once.
 
-        The ranks are told, not torchrun, which would kill them soon after; it may have the signal from others.
+        The ranks are told, not torchrun, which is deaf to it: they have as long as whoever sent the signal gives.
         """
         if self.stopping:
             self._drop()

@@ -9,6 +9,7 @@ A thread asks for the parent's process number and ends the process when that cha
 """
 
 import os
+import signal
 import sys
 import threading
 import time
@@ -28,6 +29,8 @@ def end_with_parent(parent: int | None = None) -> None:
     if _watched:
         return
     _watched = True
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:  # inherited from a torchrun that its supervisor made deaf
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _start(parent or os.getppid(), loud=True)
     os.register_at_fork(after_in_child=lambda: _start(os.getppid(), loud=False))
 
