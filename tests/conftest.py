@@ -17,13 +17,21 @@ from tests.time_limit import pytest_addoption, pytest_configure  # noqa: F401  (
 TE = Path(__file__).parent / "te"
 
 
+def _asked_of_te(config: pytest.Config) -> list[bool]:
+    """Of each path on the command line whether it is in tests/te."""
+    asked = (Path(config.invocation_params.dir, arg.partition("::")[0]).resolve() for arg in config.args)
+    return [path.is_relative_to(TE) for path in asked]
+
+
+def pytest_collection(session: pytest.Session) -> None:
+    asked = _asked_of_te(session.config)
+    if any(asked) and not all(asked):
+        raise pytest.UsageError("tests/te needs a run of its own: Transformer Engine is in its processes alone.")
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Leave tests/te out of every run that asks for anything else."""
-    asked = [Path(config.invocation_params.dir, arg.partition("::")[0]).resolve() for arg in config.args]
-    inside = [path.is_relative_to(TE) for path in asked]
-    if any(inside) and not all(inside):
-        raise pytest.UsageError("tests/te needs a run of its own: Transformer Engine is in its processes alone.")
-    return True if collection_path == TE and not any(inside) else None
+    return True if collection_path == TE and not any(_asked_of_te(config)) else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
+from tests.layouts import read_metrics
 from tests.te.runs import MODELS, SCALARS, command, make_data, train
-
 
 # Experts are removed and added after iterations 3 and 6: before the checkpoint and after it.
 UPDATES = """
@@ -24,6 +24,9 @@ def test_killed_and_resumed(model, settings, tmp_path):
     argv = command(model, settings, save, *(UPDATES if model == "dynmoe_24l" else []))
     killed = train([*argv, "--save-interval", "4"], tmp_path / "killed", kill_at=7)
     assert (save / "latest_checkpointed_iteration.txt").read_text() == "4"
+
+    if model == "dynmoe_24l":  # else this tests less than it says
+        assert any(record["expert_changes"] for record in read_metrics(tmp_path / "killed" / "metrics.jsonl"))
 
     resumed = train([*argv, "--exit-interval", "5"], tmp_path / "resumed")
     for name in SCALARS:  # the same operations on the same numbers
