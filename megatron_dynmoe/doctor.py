@@ -177,7 +177,9 @@ def _accelerator_rows() -> Iterator[Row]:
     if lacks := _te_lacks():
         yield Row("what it imports", None, "importing Transformer Engine", f"it does not; missing: {', '.join(lacks)}")
     yield Row("apex", *_apex(), "fused Adam and norms of Transformer Engine or torch")
-    fused = "apex" if _spec("fused_weight_gradient_mlp_cuda") else "Transformer Engine's GEMM" if te else None
+    fused = (
+        "apex" if _spec("fused_weight_gradient_mlp_cuda") else "Transformer Engine's GEMM" if _te_version() else None
+    )
     use = "weight gradients added up by the product that makes them"
     yield Row("fused accumulation", fused, use, "an addition of its own")
     deep_ep = _spec("deep_ep")

@@ -93,9 +93,16 @@ def answered(expert_ranks: int) -> Iterator[Exchanges]:
         seen.rows.append((dist.get_process_group_ranks(kwargs["group"]), list(received), list(sent)))
         return Done()
 
+    def exchange_messages(moves: list[dist.P2POp]) -> list[Done]:
+        for move in moves:
+            if move.op is dist.irecv:
+                move.tensor.detach().fill_(0.01)
+        return [Done() for _ in moves]
+
     with (
         mock.patch.object(dist, "all_gather_into_tensor", gather_counts),
         mock.patch.object(dist, "all_to_all_single", exchange_rows),
+        mock.patch.object(dist, "batch_isend_irecv", exchange_messages),
     ):
         yield seen
 

@@ -72,8 +72,6 @@ def refusal(command: Command) -> str | None:
         return "--fp8-recipe is 'mxfp8'"
     if command.impl == "local" and "--context-parallel-size" in command.flags:
         return "--context-parallel-size is 2"
-    if command.world == 8 and any(flag in command.flags for flag in (LAYOUTS["TP 2"][0], LAYOUTS["PP 2"][0])):
-        return "--expert-model-parallel-size 8 times"
     return None
 
 
@@ -97,8 +95,12 @@ def check_command(command: Command) -> None:
 def check_accepted(command: Command, args: Namespace, dynmoe: Any, config: Any) -> None:
     transformer, model = config.model.transformer, config.model
     replicas = command.world // (2 if command.flags[:1] and command.flags[0] != "--fp8-format" else 1)
-    assert (args.data_parallel_size, args.expert_model_parallel_size) == (replicas, 8)
-    assert args.micro_batch_size == min(8, 512 // replicas) and args.global_batch_size == 512
+    # Tensor-parallel ranks share the experts' ranks among them, and stages have experts of their own.
+    apart = any(flag in command.flags for flag in (LAYOUTS["TP 2"][0], LAYOUTS["PP 2"][0]))
+    assert args.data_parallel_size == replicas
+    assert args.expert_model_parallel_size == min(8, command.world // (2 if apart else 1))
+    most = 2 if command.model == "dynamic_moe_30b_a3b" else 8
+    assert args.micro_batch_size == min(most, 512 // replicas) and args.global_batch_size == 512
     assert args.bf16 and args.use_distributed_optimizer
     assert transformer.moe_permute_fusion == (command.impl == "transformer_engine")
     assert (args.moe_router_topk, model.dynmoe) == (dynmoe.topk, dynmoe)
