@@ -90,6 +90,21 @@ def check_function(saved: Namespace, given: Namespace, *, allow: bool) -> list[s
     return [f"{change} (--moe-allow-routing-change)." for change in changed]
 
 
+def check_implementation(saved: Namespace, given: Namespace) -> None:
+    """Megatron looks for the FP8 state of each layer of Transformer Engine's, which other layers do not save.
+
+    Raises:
+        CheckpointError: with the flag under which it goes on without.
+    """
+    there = [getattr(args, "transformer_impl", "") == "transformer_engine" for args in (saved, given)]
+    if there == [False, True] and given.dist_ckpt_strictness not in ("log_all", "ignore_all"):
+        raise CheckpointError(
+            f"--transformer-impl is 'transformer_engine', the checkpoint was saved by {saved.transformer_impl!r} "
+            "and has no FP8 states; accepted: the saved value, or --dist-ckpt-strictness log_all, which starts them "
+            "anew and lists all that it did not find."
+        )
+
+
 def check_optimizer(saved: Namespace, given: Namespace, schedule: dict[str, Any], state: dict[str, Any]) -> None:
     """Hold optimizer and schedule against what the checkpoint has the state of.
 

@@ -20,8 +20,13 @@ from megatron_dynmoe.mcore.layer import DynMoELayer
 from megatron_dynmoe.mcore.norm import replace_norms
 from megatron_dynmoe.mcore.router import DynamicRouter
 
+# The norm before a layer's feed-forward part is a module of its own here, or part of the linear layer behind it, as
+# Transformer Engine has it in dense layers. megatron's local spec maps the former to the latter's names in every layer,
+# also where Transformer Engine's spec has a norm of its own: before experts.
+NORM = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
 
-def dynamic_layer_spec(spec: Any, dynmoe: DynMoEConfig) -> Any:
+
+def dynamic_layer_spec(spec: Any, dynmoe: DynMoEConfig, *, fused_norm: bool | None = None) -> Any:
     """A copy of ``spec`` in which every MoE layer is dynamic; dense layers and attention stay.
 
     Norms of plain torch are replaced by ones that also serve sequence parallelism (same parameters, same values).
@@ -29,6 +34,8 @@ def dynamic_layer_spec(spec: Any, dynmoe: DynMoEConfig) -> Any:
     Args:
         spec: a layer ``ModuleSpec`` or a ``TransformerBlockSubmodules``, as megatron-core's ``get_gpt_*_spec`` return.
         dynmoe: the routers' configuration.
+        fused_norm: whether a checkpoint has the norms before experts under the names of a fused one; ``None``: as the
+            spec says.
 
     Raises:
         ConfigError: the spec has no MoE layer.
@@ -38,24 +45,27 @@ def dynamic_layer_spec(spec: Any, dynmoe: DynMoEConfig) -> Any:
     if dynmoe.gating_residual:
         for layer in layers:
             _carry(layer)
-    replaced = [_rewrite(layer.submodules, dynmoe) for layer in layers]
+    replaced = [_rewrite(layer.submodules, dynmoe, fused_norm) for layer in layers]
     # A block may be one pipeline stage's share of the layers, all of them dense; a single layer must be an MoE layer.
     if not any(replaced) and not hasattr(spec, "layer_specs"):
         raise ConfigError("the layer spec has no MoE layer to make dynamic; build it with num_experts set.")
     return spec
 
 
-def dynamic_mtp_spec(spec: MultiTokenPredictionBlockSubmodules, dynmoe: DynMoEConfig | None) -> Any:
+def dynamic_mtp_spec(
+    spec: MultiTokenPredictionBlockSubmodules, dynmoe: DynMoEConfig | None, *, fused_norm: bool | None = None
+) -> Any:
     """A copy of the spec of multi-token prediction in which MoE layers are dynamic; norms as in the decoder's spec.
 
     Args:
         spec: as megatron-core's ``get_gpt_mtp_block_spec`` returns.
         dynmoe: the routers' configuration; ``None``: norms alone.
+        fused_norm: as in :func:`dynamic_layer_spec`.
     """
     spec = replace_norms(spec)
     for layer in spec.layer_specs if dynmoe is not None else ():
         inner = layer.submodules.mtp_model_layer
-        if _rewrite(inner.submodules, dynmoe) and dynmoe.gating_residual:
+        if _rewrite(inner.submodules, dynmoe, fused_norm) and dynmoe.gating_residual:
             _carry(inner)
     return spec
 
@@ -68,7 +78,7 @@ def _carry(layer: ModuleSpec) -> None:
     layer.module = CarryingTransformerLayer
 
 
-def _rewrite(submodules: Any, dynmoe: DynMoEConfig) -> bool:
+def _rewrite(submodules: Any, dynmoe: DynMoEConfig, fused_norm: bool | None) -> bool:
     mlp = submodules.mlp
     if not (isinstance(mlp, partial) and isinstance(mlp.func, type) and issubclass(mlp.func, MoELayer)):
         return False
@@ -79,6 +89,9 @@ def _rewrite(submodules: Any, dynmoe: DynMoEConfig) -> bool:
         router=partial(AdaptiveRouter if dynmoe.adaptive_experts else DynamicRouter, dynmoe=dynmoe),
     )
     submodules.mlp = partial(DynMoELayer, submodules=ours, dynmoe=dynmoe)
+    if fused_norm is not None:
+        others = {name: key for name, key in submodules.sharded_state_dict_keys_map.items() if name not in NORM}
+        submodules.sharded_state_dict_keys_map = others | (NORM if fused_norm else {})
     return True
 
 

@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None, *, check_data: DataCheck | None = None) 
             for prefix in data_prefixes(args):
                 check_data(prefix, vocabulary)
         resume.check_fits(resumed, args, get_tokenizer().vocab_size)
-        run(args, dynmoe)
+        run(args, dynmoe, resumed)
     except (Exception, CheckpointException) as error:  # torch's is no Exception
         return report_failure.say(*describe(error))
     finally:
@@ -69,9 +69,10 @@ def main(argv: list[str] | None = None, *, check_data: DataCheck | None = None) 
     return 0
 
 
-def run(args: Namespace, dynmoe: DynMoEConfig) -> None:
+def run(args: Namespace, dynmoe: DynMoEConfig, resumed: resume.Resume | None = None) -> None:
     """Train as ``args`` say; Megatron is parsed and validated, but not yet initialised."""
     config = pretrain_config(args, dynmoe)
+    config.model.fused_norm = resume.fused_norm(resumed)
     file, losses = MetricsFile(args.moe_metrics_file), LossSums()
     adaptation = ExpertAdaptation(dynmoe, seed=args.seed) if dynmoe.adaptive_experts else None
     tracker = RoutingTracker(

@@ -21,7 +21,14 @@ import torch.distributed as dist
 
 from megatron_dynmoe import checkpoint
 from megatron_dynmoe.checkpoint import CheckpointError
-from megatron_dynmoe.checkpoint.compare import check_function, check_optimizer, check_tokenizer, check_vocabulary
+from megatron_dynmoe.checkpoint.compare import (
+    check_function,
+    check_implementation,
+    check_optimizer,
+    check_tokenizer,
+    check_vocabulary,
+)
+from megatron_dynmoe.checkpoint.index import read_index
 from megatron_dynmoe.checkpoint.lock import WAIT_S, hold
 
 # The store lives as long as this: rank 0 serves it, and megatron's own rendezvous takes it over.
@@ -98,11 +105,12 @@ def check_fits(resume: Resume | None, args: Namespace, vocab_size: int) -> None:
     """Hold this run's arguments, validated, against those of the checkpoint.
 
     Raises:
-        CheckpointError: it would be another model, function, vocabulary or optimizer.
+        CheckpointError: it would be another model, function, vocabulary or optimizer, or lacks what megatron looks for.
     """
     saved = (resume.state or {}).get("args") if resume else None
     if not isinstance(saved, Namespace):
         return
+    check_implementation(saved, args)
     allow = args.moe_allow_routing_change
     for change in check_function(saved, args, allow=allow) + check_tokenizer(saved, args, allow=allow):
         _note(change)
@@ -111,6 +119,17 @@ def check_fits(resume: Resume | None, args: Namespace, vocab_size: int) -> None:
     if not fresh:
         state = resume.state.get("opt_param_scheduler")
         check_optimizer(saved, args, _schedule(args), state if isinstance(state, dict) else {})
+
+
+def fused_norm(resume: Resume | None) -> bool | None:
+    """Whether the checkpoint names norms before experts as fused ones (mcore/specs.py); ``None``: it does not say."""
+    try:
+        keys = read_index(resume.folder).state_dict_metadata if resume else ()
+    except CheckpointError:  # another format, or one that is loaded on trust
+        return None
+    if any(".pre_mlp_layernorm." in key for key in keys):
+        return False
+    return True if any(".mlp.router." in key for key in keys) else None
 
 
 def _roots(args: Namespace) -> list[Path]:

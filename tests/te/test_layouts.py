@@ -85,3 +85,16 @@ def test_fp8_stays_beside_bfloat16(base, name, tmp_path):
     assert got["lm loss"] != wanted["lm loss"]  # or nothing was cast
     # numbers of three or two bits, in sums of 48 to 64 of them: one part in a hundred, and the routing follows
     assert_close(got, wanted, 0.02)
+
+
+def test_to_megatrons_own_layers_and_back(base, tmp_path):
+    """Specs name the norm before experts in two ways; a checkpoint keeps the way that it was born with."""
+    argv, load, wanted = base
+    local = [word for word in argv if word not in ("--moe-grouped-gemm", "--moe-permute-fusion")]
+    local += "--transformer-impl local --no-persist-layer-norm --no-rope-fusion --no-masked-softmax-fusion".split()
+    assert_close(run(local, load, tmp_path / "there"), wanted, BFLOAT16)
+    born = tmp_path / "born"
+    train([*local, "--save", str(born / "save"), "--load", str(born / "save"), "--exit-interval", str(START)], born)
+    stays = run(local, born / "save", tmp_path / "stays")
+    without_fp8_states = [*argv, "--dist-ckpt-strictness", "log_all"]
+    assert_close(run(without_fp8_states, born / "save", tmp_path / "back"), stays, BFLOAT16)
