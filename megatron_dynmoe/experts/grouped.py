@@ -10,6 +10,9 @@ from torch import Tensor
 
 from megatron_dynmoe.experts.activation import gated_activation
 
+# (rows [N, I] ordered by expert, weight [L, O, I], ends of the experts' rows [L] int32) -> [N, O]
+GroupedLinear = Callable[[Tensor, Tensor, Tensor], Tensor]
+
 
 def grouped_mlp(
     rows_ND: Tensor,
@@ -21,6 +24,7 @@ def grouped_mlp(
     activation: Callable[[Tensor], Tensor] = F.silu,
     gated: bool = True,
     offset: float = 0.0,
+    linears: tuple[GroupedLinear, GroupedLinear] | None = None,
 ) -> Tensor:
     """Apply each expert to its rows and multiply by the row's weight.
 
@@ -34,6 +38,7 @@ def grouped_mlp(
         fc2_LDF: second weight of each expert.
         offset: added to the up rows' output, if ``gated``.
         rows_per_expert_L: how many rows each expert has; they sum to N; any may be 0.
+        linears: what multiplies; default: grouped GEMMs in the dtype of ``rows_ND``.
 
     Returns:
         [N, D] in the dtype of ``rows_ND``.
@@ -41,15 +46,17 @@ def grouped_mlp(
     ends_L = (
         torch.as_tensor(rows_per_expert_L).cumsum(0).to(device=rows_ND.device, dtype=torch.int32, non_blocking=True)
     )
-    hidden = _grouped_linear(rows_ND, fc1_LGD, ends_L)
+    first, second = linears or (grouped_linear, grouped_linear)
+    hidden = first(rows_ND, fc1_LGD, ends_L)
     if gated:
         hidden = gated_activation(hidden, weights_N, activation, offset=offset)
     else:
         hidden = (activation(hidden) * weights_N.unsqueeze(-1)).to(rows_ND.dtype)
-    return _grouped_linear(hidden, fc2_LDF, ends_L)
+    return second(hidden, fc2_LDF, ends_L)
 
 
-def _grouped_linear(rows_NI: Tensor, weight_LOI: Tensor, ends_L: Tensor) -> Tensor:
+def grouped_linear(rows_NI: Tensor, weight_LOI: Tensor, ends_L: Tensor) -> Tensor:
+    """y = x W^T for each expert by torch's grouped GEMM, in the dtype of the rows."""
     if rows_NI.shape[0] == 0:
         # No GEMM to launch, but the weights stay in the graph: they get a zero gradient, which the reduction of
         # gradients across ranks waits for.
