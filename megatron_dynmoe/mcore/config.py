@@ -10,6 +10,7 @@ from dataclasses import fields
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dynmoe.config import ConfigError, DynMoEConfig
+from megatron_dynmoe.mcore.fp8_config import check_fp8
 
 # Megatron options whose stock implementation chooses experts itself: with another router they would be ignored.
 _CHOOSES_EXPERTS = {
@@ -59,6 +60,7 @@ def check_config(config: TransformerConfig, dynmoe: DynMoEConfig) -> None:
         if value != accepted:
             _refuse(name, value, reason, f"leave it at {accepted!r}")
     _check_experts(config)
+    check_fp8(config, dynmoe)
     _check_dispatcher(config)
     _check_capture(config, dynmoe)
 
