@@ -65,7 +65,7 @@ def _errors(kind: str, recipe: Fp8Recipe | None, seed: int, device: str) -> list
         got = _run(case, None)
     else:
         linears = tuple(Fp8Linear(EXPERTS, recipe).to(device) for _ in range(2))
-        # Delayed scales come from steps before, of other rows.  They start at 1, where a small gradient is cast to 0, so
+        # Delayed scales come from steps before, of other rows.  They start at 1, which casts a small gradient to 0, so
         # the second layer's must be found before the first one's can be.
         for step in range(WARM_UP if recipe.scaling == "delayed" else 0):
             _run(_case(kind, seed + 1000 * (step + 1), device), linears)
