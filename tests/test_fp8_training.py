@@ -115,6 +115,26 @@ def test_a_checkpoint_goes_to_other_experts_and_back(serial, tmp_path):
     assert len(scales) == 24 and all(scale != 1 for (state,) in scales.values() for scale in state["scale"][:2])
 
 
+def test_the_export_of_fp8_experts_is_that_of_others(serial, tmp_path):
+    """The same keys, shapes and dtypes as of the model that went on without FP8; scales are left behind."""
+    from safetensors import safe_open
+
+    from megatron_dynmoe.hf.export import export
+
+    *_, save = serial
+    run("serial", tmp_path / "plain", *resume(save, 3), "--save", str(tmp_path / "save"), "--save-interval", "1")
+    found = []
+    for number, (folder, iteration) in enumerate(((save, STEPS // 2), (tmp_path / "save", 3))):
+        export(folder, tmp_path / f"out{number}", iteration=iteration, progress=False)
+        described = {}
+        for file in (tmp_path / f"out{number}").glob("*.safetensors"):
+            with safe_open(file, "pt") as tensors:
+                for key in tensors.keys():  # noqa: SIM118 (it is no dictionary)
+                    described[key] = (tensors.get_tensor(key).shape, tensors.get_tensor(key).dtype)
+        found.append(described)
+    assert found[0] == found[1] and len(found[0]) > 40
+
+
 @pytest.mark.parametrize("recipe", ["tensorwise", "blockwise", "rowwise"])
 def test_other_recipes_train_on_two_ranks(serial, tmp_path, recipe):
     """They resume from the delayed recipe's checkpoint, whose scales they pass by."""

@@ -118,6 +118,11 @@ REFUSED_WITH: list[tuple[str, Callable[[Namespace], bool], str]] = [
         _below_blackwell,
         "mxfp8 is for Blackwell GPUs; use delayed, tensorwise or blockwise",
     ),
+    (
+        "moe_fp8_recipe",
+        lambda args: args.moe_fp8_recipe != "none" and not args.num_experts,
+        "it is for experts, and the model has none; add --num-experts, or leave it out",
+    ),
     ("first_last_layers_bf16", _no_fp8, "no layer is in FP8; add --moe-fp8-recipe, or --fp8-format"),
     ("fp8_margin", lambda args: args.fp8_margin != 0 and _no_delayed_fp8(args), _NO_DELAYED),
     ("fp8_amax_history_len", lambda args: args.fp8_amax_history_len != 1 and _no_delayed_fp8(args), _NO_DELAYED),
