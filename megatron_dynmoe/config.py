@@ -19,6 +19,9 @@ NAMES: dict[str, list[str]] = {
     "added_expert_init": ["keep", "fresh", "copy"],
     "expert_backend": ["auto", "torch", "sequential", "te"],
     "dispatch_unit": ["auto", "expert", "rank"],
+    "fp8_recipe": ["none", "delayed", "tensorwise", "blockwise", "rowwise"],
+    "fp8_format": ["auto", "hybrid", "e4m3"],
+    "fp8_amax_compute_algo": ["most_recent", "max"],
 }
 
 COEFFICIENTS = ("load_balance_coeff", "entropy_coeff", "diversity_coeff", "simplicity_coeff", "efficiency_coeff")
@@ -161,6 +164,32 @@ class DynMoEConfig:
     'te' (Transformer Engine's grouped GEMM, FP8). 'auto': 'te' where the layer spec has it, else 'torch' where it
     can serve, else 'sequential'."""
 
+    fp8_recipe: str = "none"
+    """FP8 for the GEMMs of the torch experts, without Transformer Engine (docs/fp8.md). What shares a scale: 'delayed'
+    and 'tensorwise', each expert's rows and weight, by earlier steps or by themselves; 'blockwise', 1 x 128 of rows
+    and 128 x 128 of weights; 'rowwise', a row, which torch has a kernel for on Hopper. A CPU computes all of them by
+    casting. Experts in FP8 through Transformer Engine, and mxfp8: --fp8-format and --fp8-recipe."""
+
+    fp8_format: str = "auto"
+    """With --moe-fp8-recipe: 'e4m3' everywhere, or 'hybrid' with gradients in e5m2. 'auto': 'hybrid' for 'delayed' and
+    'tensorwise', else 'e4m3'."""
+
+    fp8_emulate: bool = False
+    """With --moe-fp8-recipe on a GPU: cast to FP8 and back and multiply in float32, as on a CPU. Slow, for
+    comparisons; it serves every recipe."""
+
+    fp8_margin: int = _megatron("fp8_margin", 0)
+    """With recipe 'delayed': divide the scale by 2 to this power."""
+
+    fp8_amax_history_len: int = _megatron("fp8_amax_history_len", 1)
+    """With recipe 'delayed': steps whose largest numbers give the scale."""
+
+    fp8_amax_compute_algo: str = _megatron("fp8_amax_compute_algo", "most_recent")
+    """With recipe 'delayed': the 'max' of them, or the 'most_recent'."""
+
+    fp8_wgrad: bool = _megatron("fp8_wgrad", True)
+    """With --moe-fp8-recipe: the gradient of the weights in FP8, too."""
+
     dispatch_unit: str = "auto"
     """What a row on the wire is, with the alltoall dispatcher: 'expert', a token crosses once for each expert it
     visits; 'rank', once for each rank that holds such experts; 'auto', whichever moves clearly fewer bytes."""
@@ -177,6 +206,9 @@ class DynMoEConfig:
             self._require(name, numbers.accepts(getattr(self, name)), str(numbers))
         fits = self.zero_experts > 0 and self.gate != "cosine"
         self._require("drop_zero_weight", fits or not self.drop_zero_weight, "off, or --moe-zero-experts and softmax")
+        for name, unset in (("fp8_format", "auto"), ("fp8_emulate", False)):
+            fits = self.fp8_recipe != "none" or getattr(self, name) == unset
+            self._require(name, fits, f"{unset!r} without --moe-fp8-recipe")
         self._check_cosine()
         self._check_adaptation()
 

@@ -67,4 +67,6 @@ RANGES: dict[str, Range] = {
     "update_at": Range(1, MOST, whole=True),
     "update_period": Range(0, MOST, whole=True),
     "max_added_experts": Range(1, MOST, whole=True),
+    "fp8_margin": Range(-64, 64, whole=True),
+    "fp8_amax_history_len": Range(1, 1 << 20, whole=True),
 }

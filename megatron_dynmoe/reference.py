@@ -136,3 +136,74 @@ def load_balance(scores: list[list[float]], chosen: list[set[int]]) -> float:
 def entropy(scores: list[list[float]]) -> float:
     """Mean over tokens of - sum_i P_i log P_i, in nats."""
     return sum(-p * math.log(p) for row in scores for p in row if p > 0) / len(scores)
+
+
+def float8(value: float, kind: str) -> float:
+    """The nearest number of the format, ties to even; the largest one where that is too small, NaN of infinities."""
+    mantissa, least, largest = {"e4m3": (3, -6, 448.0), "e5m2": (2, -14, 57344.0)}[kind]
+    if not math.isfinite(value):
+        return math.nan
+    exponent = max(math.frexp(value)[1] - 1, least)
+    step = 2.0 ** (exponent - mantissa)
+    return max(-largest, min(largest, round(value / step) * step))
+
+
+def fp8_scale(amax: Tensor, kind: str, power_of_two: bool = False) -> Tensor:
+    """The largest number of the format over amax, float32; 1 where amax says nothing."""
+    if not (amax > 0 and amax.isfinite()):
+        return torch.tensor(1.0)
+    scale = torch.tensor({"e4m3": 448.0, "e5m2": 57344.0}[kind]) / amax.float()
+    if scale.isinf():
+        scale = torch.tensor(torch.finfo(torch.float32).max)
+    return torch.tensor(2.0 ** (math.frexp(scale.item())[1] - 1)) if power_of_two else scale
+
+
+def fp8_cast(x: Tensor, rows: int, columns: int, kind: str, scale: Tensor | None = None, two: bool = False) -> Tensor:
+    """Through float8 and back, block after block of at most ``rows`` x ``columns``, number after number."""
+    out = torch.empty_like(x, dtype=torch.float32)
+    for i in range(0, x.shape[0], rows):
+        for j in range(0, x.shape[1], columns):
+            block = x[i : i + rows, j : j + columns].float()
+            factor = fp8_scale(block.abs().max(), kind, two) if scale is None else scale
+            back = 1 / factor
+            values = [[float8(value, kind) for value in row] for row in (block * factor).tolist()]
+            out[i : i + rows, j : j + columns] = torch.tensor(values) * back
+    return out
+
+
+def fp8_linear(
+    x: Tensor, weight: Tensor, grad: Tensor, scaling: str, format: str, scales: list[Tensor] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x W^T of one expert and both gradients, all operands cast for each of the three products; sums in float64.
+
+    Args:
+        scales: of input, weight and gradient with "delayed" scaling.
+    """
+    back = "e5m2" if format == "hybrid" else "e4m3"
+    (n, i), o = x.shape, weight.shape[0]
+    along, across = {"blockwise": (128, 128), "rowwise": (max(n, i, o),) * 2}.get(scaling, (None, None))
+    of_x, of_w, of_g = scales or [None] * 3
+    if along is None:  # a scale for each tensor
+        x_1 = x_2 = fp8_cast(x, n, i, "e4m3", of_x)
+        w_1 = w_2 = fp8_cast(weight, o, i, "e4m3", of_w)
+        g_1 = g_2 = fp8_cast(grad, n, o, back, of_g)
+    else:
+        two = scaling == "blockwise"
+        x_1, x_2 = fp8_cast(x, 1, along, "e4m3", two=two), fp8_cast(x, along, 1, "e4m3", two=two)
+        g_1, g_2 = fp8_cast(grad, 1, along, back, two=two), fp8_cast(grad, along, 1, back, two=two)
+        w_1 = fp8_cast(weight, across if two else 1, across, "e4m3", two=two)
+        w_2 = fp8_cast(weight, across, across if two else 1, "e4m3", two=two)
+    x_1, x_2, w_1, w_2, g_1, g_2 = (t.double() for t in (x_1, x_2, w_1, w_2, g_1, g_2))
+    return x_1 @ w_1.t(), g_1 @ w_2, g_2.t() @ x_2
+
+
+def delayed_scales(amaxes: list[float], length: int, algorithm: str, margin: int, largest: float) -> list[float]:
+    """The scale after each step, from the amax of the steps so far."""
+    scale, scales = 1.0, []
+    for step in range(len(amaxes)):
+        seen = amaxes[max(0, step - length + 1) : step + 1]
+        seen = seen[-1:] if algorithm == "most_recent" else seen
+        if all(math.isfinite(amax) for amax in seen) and max(seen) > 0:
+            scale = largest / max(seen) / 2**margin
+        scales.append(scale)
+    return scales

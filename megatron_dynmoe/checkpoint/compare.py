@@ -25,6 +25,8 @@ TRAINING = (
     *("moe_efficiency_coeff", "moe_z_loss_coeff", "moe_input_jitter_eps", "moe_max_rows", "moe_max_rows_per_token"),
     *("moe_tau", "moe_capacity_gamma", "moe_initial_experts", "moe_record_from", "moe_update_at", "moe_update_period"),
     *("moe_max_added_experts", "moe_added_expert_init", "moe_expert_backend", "moe_dispatch_unit"),
+    *("moe_fp8_recipe", "moe_fp8_format", "moe_fp8_emulate", "fp8_margin", "fp8_amax_history_len"),
+    *("fp8_amax_compute_algo", "fp8_wgrad"),
 )
 # Read by one rule or gate only.
 _READ_BY = {

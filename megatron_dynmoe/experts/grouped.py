@@ -10,6 +10,9 @@ from torch import Tensor
 
 from megatron_dynmoe.experts.activation import FusedActivation, gated_activation
 
+# (rows [N, I] ordered by expert, weight [L, O, I], ends of the experts' rows [L] int32) -> [N, O]
+GroupedLinear = Callable[[Tensor, Tensor, Tensor], Tensor]
+
 
 def grouped_mlp(
     rows_ND: Tensor,
@@ -22,6 +25,7 @@ def grouped_mlp(
     gated: bool = True,
     offset: float = 0.0,
     fused: FusedActivation | None = None,
+    linears: tuple[GroupedLinear, GroupedLinear] | None = None,
 ) -> Tensor:
     """Apply each expert to its rows and multiply by the row's weight.
 
@@ -37,6 +41,7 @@ def grouped_mlp(
         rows_per_expert_L: how many rows each expert has; they sum to N; any may be 0.
         fused: computes :func:`gated_activation` of ``activation`` and ``offset`` in one kernel, and keeps no more for
             backward; taken on a GPU, if ``gated`` and if there are rows.
+        linears: what multiplies; default: grouped GEMMs in the dtype of ``rows_ND``.
 
     Returns:
         [N, D] in the dtype of ``rows_ND``.
@@ -44,17 +49,19 @@ def grouped_mlp(
     ends_L = (
         torch.as_tensor(rows_per_expert_L).cumsum(0).to(device=rows_ND.device, dtype=torch.int32, non_blocking=True)
     )
-    hidden = _grouped_linear(rows_ND, fc1_LGD, ends_L)
+    first, second = linears or (grouped_linear, grouped_linear)
+    hidden = first(rows_ND, fc1_LGD, ends_L)
     if gated and fused is not None and hidden.device.type != "cpu" and hidden.shape[0] > 0:
         hidden = fused(hidden, weights_N)
     elif gated:
         hidden = gated_activation(hidden, weights_N, activation, offset=offset)
     else:
         hidden = (activation(hidden) * weights_N.unsqueeze(-1)).to(rows_ND.dtype)
-    return _grouped_linear(hidden, fc2_LDF, ends_L)
+    return second(hidden, fc2_LDF, ends_L)
 
 
-def _grouped_linear(rows_NI: Tensor, weight_LOI: Tensor, ends_L: Tensor) -> Tensor:
+def grouped_linear(rows_NI: Tensor, weight_LOI: Tensor, ends_L: Tensor) -> Tensor:
+    """y = x W^T for each expert by torch's grouped GEMM, in the dtype of the rows."""
     if rows_NI.shape[0] == 0:
         # No GEMM to launch, but the weights stay in the graph: they get a zero gradient, which the reduction of
         # gradients across ranks waits for.

@@ -11,6 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dynmoe.config import DynMoEConfig
 from megatron_dynmoe.mcore.flex_checks import check_flex
+from megatron_dynmoe.mcore.fp8_config import check_fp8
 from megatron_dynmoe.mcore.refuse import refuse as _refuse
 
 # Megatron options whose stock implementation chooses experts itself: with another router they would be ignored.
@@ -61,6 +62,7 @@ def check_config(config: TransformerConfig, dynmoe: DynMoEConfig) -> None:
         if value != accepted:
             _refuse(name, value, reason, f"leave it at {accepted!r}")
     _check_experts(config)
+    check_fp8(config, dynmoe)
     _check_dispatcher(config)
     check_flex(config, dynmoe)
     _check_capture(config, dynmoe)

@@ -27,6 +27,7 @@ from torch import Tensor
 from megatron_dynmoe.config import ConfigError
 from megatron_dynmoe.experts import grouped_mlp
 from megatron_dynmoe.experts.activation import FusedActivation
+from megatron_dynmoe.experts.grouped import GroupedLinear, grouped_linear
 
 
 class TorchGroupedMLP(MegatronModule):
@@ -36,7 +37,7 @@ class TorchGroupedMLP(MegatronModule):
     under expert tensor parallelism.
 
     Raises:
-        ConfigError: a bias on the linear layers, FP8 or FP4: this backend has none of them.
+        ConfigError: a bias on the linear layers, Transformer Engine's FP8 or FP4: this backend has none of them.
     """
 
     def __init__(
@@ -84,8 +85,17 @@ class TorchGroupedMLP(MegatronModule):
             gated=self.config.gated_linear_unit,
             offset=self.config.glu_linear_offset,
             fused=fused_activation(self.config),
+            linears=self.linears,
         )
         return out, None
+
+    @property
+    def linears(self) -> tuple[GroupedLinear, GroupedLinear]:
+        """What multiplies: by the first weight, by the second."""
+        return grouped_linear, grouped_linear
+
+    def expert_state(self, linear: str, index: int) -> Any:
+        """What is saved of expert ``index`` beside its weight of ``linear``: nothing."""
 
     def backward_dw(self) -> None:
         """Nothing is delayed: weight gradients come with the backward pass."""
@@ -105,22 +115,25 @@ class TorchGroupedMLP(MegatronModule):
             for name, linear, parts, axis in weights
         }
         state[f"{prefix}_extra_state"] = {
-            linear: self._extra_states(f"{experts}{linear}._extra_state", offsets) for _, linear, _, _ in weights
+            linear: self._extra_states(linear, f"{experts}{linear}._extra_state", offsets)
+            for _, linear, _, _ in weights
         }
         return state
 
-    def get_extra_state(self) -> None:
+    def get_extra_state(self) -> Any:
         """Nothing: this backend has no state of its own beside its weights."""
 
     def set_extra_state(self, state: Any) -> None:
         """Ignores what another backend keeps beside its weights (FP8 scales)."""
 
-    def _extra_states(self, key: str, offsets: tuple) -> list[Any]:
+    def _extra_states(self, linear: str, key: str, offsets: tuple) -> list[Any]:
         # The other backends have one such object an expert and insist on finding it; theirs may be empty as ours.
         first, experts = self.ep_group.rank() * self.num_local_experts, self.ep_group.size() * self.num_local_experts
         replica = (0, self.tp_group.rank(), self.dp_group.rank())
         return [
-            make_sharded_object_for_checkpoint(None, key, (*offsets, (len(offsets), first + index, experts)), replica)
+            make_sharded_object_for_checkpoint(
+                self.expert_state(linear, index), key, (*offsets, (len(offsets), first + index, experts)), replica
+            )
             for index in range(self.num_local_experts)
         ]
 
@@ -197,7 +210,7 @@ def why_not_torch(config: TransformerConfig) -> str | None:
     if config.add_bias_linear:
         return "has no bias (--disable-bias-linear)"
     if config.fp8 or config.fp4:
-        return "computes in the model's dtype, not in FP8 or FP4"
+        return "has an FP8 of its own, --moe-fp8-recipe, and none of --fp8-format's or --fp4-format's"
     if getattr(config, "moe_mlp_glu_interleave_size", None):
         return "does not interleave gate and up rows"
     if config.activation_func_clamp_value is not None:

@@ -15,6 +15,7 @@ from megatron_dynmoe.mcore.config import check_config
 from megatron_dynmoe.mcore.dispatcher import VariableKAllToAllDispatcher
 from megatron_dynmoe.mcore.experts import TorchGroupedMLP
 from megatron_dynmoe.mcore.flex import FlexDispatcher
+from megatron_dynmoe.mcore.fp8_experts import Fp8GroupedMLP
 from megatron_dynmoe.mcore.free_experts import ZeroComputationExperts
 from megatron_dynmoe.mcore.mixer import Mixer
 from megatron_dynmoe.routers.channels import pack, unpack
@@ -66,6 +67,12 @@ class DynMoELayer(MoELayer):
             # with it), so that the optimizer's state in a checkpoint moves between expert-parallel sizes.
             parameter.allreduce = False
         self._set_dispatcher(config, pg_collection)
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """Tell router and experts which layer this is."""
+        super().set_layer_number(layer_number)
+        if isinstance(self.experts, Fp8GroupedMLP):
+            self.experts.set_layer(layer_number, mtp=self.is_mtp_layer)
 
     def _place(self) -> None:
         """Put what is small, and made on the CPU, where the experts are made; megatron-core's router does so later.

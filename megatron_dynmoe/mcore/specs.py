@@ -16,6 +16,9 @@ from megatron_dynmoe.config import ConfigError, DynMoEConfig
 from megatron_dynmoe.mcore.adaptive_router import AdaptiveRouter
 from megatron_dynmoe.mcore.carry import CarryingTransformerLayer
 from megatron_dynmoe.mcore.experts import TorchGroupedMLP, why_not_torch
+from megatron_dynmoe.mcore.fp8_config import recipe_of
+from megatron_dynmoe.mcore.fp8_experts import Fp8GroupedMLP
+from megatron_dynmoe.mcore.fp8_state import pass_by_scales
 from megatron_dynmoe.mcore.layer import DynMoELayer
 from megatron_dynmoe.mcore.norm import replace_norms
 from megatron_dynmoe.mcore.router import DynamicRouter
@@ -84,7 +87,7 @@ def _rewrite(submodules: Any, dynmoe: DynMoEConfig, fused_norm: bool | None) -> 
         return False
     stock: MoESubmodules = mlp.keywords["submodules"]
     ours = MoESubmodules(
-        experts=partial(build_experts, stock=stock.experts, backend=dynmoe.expert_backend),
+        experts=partial(build_experts, stock=stock.experts, dynmoe=dynmoe),
         shared_experts=stock.shared_experts,
         router=partial(AdaptiveRouter if dynmoe.adaptive_experts else DynamicRouter, dynmoe=dynmoe),
     )
@@ -95,14 +98,19 @@ def _rewrite(submodules: Any, dynmoe: DynMoEConfig, fused_norm: bool | None) -> 
     return True
 
 
-def build_experts(num_local_experts: int, config: TransformerConfig, *, stock: Any, backend: str, **kwargs: Any) -> Any:
-    """The experts that ``backend`` names; ``stock`` is what the layer spec would have built.
+def build_experts(
+    num_local_experts: int, config: TransformerConfig, *, stock: Any, dynmoe: DynMoEConfig, **kwargs: Any
+) -> Any:
+    """The experts that ``dynmoe`` names; ``stock`` is what the layer spec would have built.
 
     Raises:
         ConfigError: the spec does not offer the backend.
     """
     offered = stock.func if isinstance(stock, partial) else stock
     has_te = isinstance(offered, type) and issubclass(offered, TEGroupedMLP)
+    backend, recipe = dynmoe.expert_backend, recipe_of(dynmoe)
+    if recipe is not None:
+        return Fp8GroupedMLP(num_local_experts, config, recipe=recipe, emulate=dynmoe.fp8_emulate, **kwargs)
     if backend == "auto":
         backend = "te" if has_te else "torch" if why_not_torch(config) is None else "sequential"
     if backend == "torch":
@@ -117,4 +125,7 @@ def build_experts(num_local_experts: int, config: TransformerConfig, *, stock: A
             "--moe-expert-backend is 'sequential', but --moe-grouped-gemm asks for grouped experts; "
             "drop one of the two."
         )
-    return stock(num_local_experts, config, **kwargs)
+    experts = stock(num_local_experts, config, **kwargs)
+    if backend == "te":
+        pass_by_scales(experts)
+    return experts

@@ -20,6 +20,7 @@ from megatron_dynmoe.config import DynMoEConfig
 from megatron_dynmoe.launch.parent import end_with_parent, under_torchrun
 from megatron_dynmoe.mcore.adaptation import ExpertAdaptation
 from megatron_dynmoe.mcore.config import check_config
+from megatron_dynmoe.mcore.fp8_state import then_update_scales
 from megatron_dynmoe.mcore.stages import fix_width
 from megatron_dynmoe.mcore.tracker import RoutingTracker
 from megatron_dynmoe.training import nan, report_failure, resume, stop
@@ -90,7 +91,7 @@ def run(args: Namespace, dynmoe: DynMoEConfig, resumed: resume.Resume | None = N
     datasets.is_distributed = True  # each rank decides whether it reads
     step = partial(forward_step, evaluation=losses, watch=None if adaptation is None else adaptation.watch)
     watch = nan.Watch()
-    config.model.transformer.finalize_model_grads_func = watch.after_gradients
+    config.model.transformer.finalize_model_grads_func = then_update_scales(watch.after_gradients)
     try:
         pretrain(
             config,

@@ -40,6 +40,10 @@ REFUSED: dict[str, str] = {
 }
 
 
+# Flags that have another name than what Megatron's parser keeps.
+_FLAGS = {"fp8": "--fp8-format", "fp4": "--fp4-format"}
+
+
 def _local(args: Namespace) -> bool:
     return args.transformer_impl == "local"
 
@@ -74,6 +78,25 @@ def _middle_stages(args: Namespace) -> bool:
     return args.pipeline_model_parallel_size > 2 or interleaved
 
 
+def _without_te(args: Namespace) -> bool:
+    return _local(args) or find_spec("transformer_engine") is None
+
+
+def _no_fp8(args: Namespace) -> bool:
+    return not args.fp8 and args.moe_fp8_recipe == "none"
+
+
+def _no_delayed_fp8(args: Namespace) -> bool:
+    """Whether nothing reads what belongs to the delayed recipe."""
+    through_te = args.fp8 and args.fp8_recipe == "delayed"
+    return not through_te and args.moe_fp8_recipe != "delayed"
+
+
+_FP8_NEEDS_TE = (
+    "it needs Transformer Engine and --transformer-impl transformer_engine; without them --moe-fp8-recipe computes the "
+    "experts in FP8, in 'delayed', 'tensorwise', 'blockwise' or 'rowwise'"
+)
+_NO_DELAYED = "only the recipe 'delayed' reads it; give it with --moe-fp8-recipe delayed, or --fp8-format"
 _NEEDS_TE = (
     "the local attention takes whole sequences (dot_product_attention.py); set --transformer-impl transformer_engine"
 )
@@ -81,6 +104,22 @@ _OUTPUT_LAYER = "Megatron looks for the output layer on every pipeline stage (tr
 
 # (flag, whether it cannot act beside the others that were given, why and what to do instead)
 REFUSED_WITH: list[tuple[str, Callable[[Namespace], bool], str]] = [
+    ("fp8", _without_te, _FP8_NEEDS_TE),
+    ("fp4", _without_te, _FP8_NEEDS_TE),
+    ("fp8_param_gather", _without_te, _FP8_NEEDS_TE + ", with parameters in the model's dtype"),
+    (
+        "moe_fp8_recipe",
+        lambda args: args.moe_fp8_recipe != "none" and not args.num_experts,
+        "it is for experts, and the model has none; add --num-experts, or leave it out",
+    ),
+    ("first_last_layers_bf16", _no_fp8, "no layer is in FP8; add --moe-fp8-recipe, or --fp8-format"),
+    ("fp8_margin", lambda args: args.fp8_margin != 0 and _no_delayed_fp8(args), _NO_DELAYED),
+    ("fp8_amax_history_len", lambda args: args.fp8_amax_history_len != 1 and _no_delayed_fp8(args), _NO_DELAYED),
+    (
+        "fp8_amax_compute_algo",
+        lambda args: args.fp8_amax_compute_algo != "most_recent" and _no_delayed_fp8(args),
+        _NO_DELAYED,
+    ),
     ("sft", _local, _NEEDS_TE),
     ("sft", _lacks("datasets"), "Megatron reads conversations with the package datasets, which is missing; install it"),
     ("dataloader_inter_document_masking", _local, _NEEDS_TE),
@@ -159,5 +198,5 @@ def _given(args: Namespace, name: str) -> bool:
 
 def _refuse_if(refused: bool, args: Namespace, name: str, reason: str) -> None:
     if refused:
-        flag = f"--{name.replace('_', '-')}"
+        flag = _FLAGS.get(name) or f"--{name.replace('_', '-')}"
         raise ConfigError(f"{flag} is {getattr(args, name)!r}, which cannot be honoured: {reason}.")

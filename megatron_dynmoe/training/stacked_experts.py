@@ -41,6 +41,8 @@ def check_experts(args: Namespace, config: TransformerConfig, dynmoe: DynMoEConf
 
 
 def _uses_torch_experts(args: Namespace, config: TransformerConfig, dynmoe: DynMoEConfig) -> bool:
+    if dynmoe.fp8_recipe != "none":
+        return True
     if dynmoe.expert_backend != "auto":
         return dynmoe.expert_backend == "torch"
     grouped_te = args.transformer_impl == "transformer_engine" and config.moe_grouped_gemm

@@ -83,7 +83,7 @@ def check_values(args: Namespace) -> None:
         _refuse("num_query_groups", args.num_query_groups, wanted)
     if args.transformer_impl == "transformer_engine" and find_spec("transformer_engine") is None:
         _refuse("transformer_impl", args.transformer_impl, "'local', as Transformer Engine is not installed")
-    _check_recipe(args)
+    check_recipe(args)
 
 
 def check_ranks(args: Namespace) -> None:
@@ -105,8 +105,12 @@ def check_ranks(args: Namespace) -> None:
         )
 
 
-def _check_recipe(args: Namespace) -> None:
-    """Transformer Engine refuses a recipe that the GPU lacks in the first step only."""
+def check_recipe(args: Namespace) -> None:
+    """Refuse a recipe that this GPU lacks, which Transformer Engine does in the first step only.
+
+    Raises:
+        ConfigError: mxfp8 below capability 10.
+    """
     if args.fp8 and args.fp8_recipe == "mxfp8" and torch.cuda.is_available():
         capability = torch.cuda.get_device_capability()
         if capability < (10, 0):
