@@ -75,6 +75,7 @@ CASES = [
     _ep64("dynamic_moe_24l", 137),
     _ep64("moe_plus_plus_7b", 0),
     _tp2_pp4("dynmoe_24l", 0),
+    _tp2_pp4("moe_plus_plus_7b", 137),
     _tp2_pp4("dynamic_moe_24l", 137),
 ]
 
