@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from megatron_dynmoe.training.interval import IntervalSums
 from tests import ranks
 from tests.layouts import flags
 
@@ -19,6 +20,14 @@ def logged(tmp_path_factory):
     return run.output(), records, folder / "tb"
 
 
+def accumulated(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return events
+
+
 def test_console(logged):
     output, _, _ = logged
     line = next(line for line in output.splitlines() if "iteration        4/" in line)
@@ -29,10 +38,7 @@ def test_console(logged):
 
 
 def test_tensorboard_has_each_layer(logged):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(logged[2]))
-    events.Reload()
+    events = accumulated(logged[2])
     tags = set(events.Tags()["scalars"])
     assert {"experts_per_token", "load_imbalance", "rows_sent", "activated_parameters"} <= tags
     for layer in (0, 2, 3):  # layer 1 is dense
@@ -65,10 +71,27 @@ def test_metrics_file_agrees_with_itself(logged):
 def test_rates_are_of_the_iterations_counted(tmp_path):
     """Megatron logs the first iteration without resetting its sums; ours must not be divided by those."""
     file = tmp_path / "metrics.jsonl"
-    argv = flags("serial", "--exit-interval", "3", "--moe-metrics-file", str(file))
-    ranks.call(ranks.pretrain, argv, ranks=1, folder=tmp_path)
-    for record in map(json.loads, file.read_text().splitlines()):
+    places = ["--tensorboard-dir", str(tmp_path / "tb"), "--moe-metrics-file", str(file)]
+    ranks.call(ranks.pretrain, flags("serial", "--exit-interval", "3", *places), ranks=1, folder=tmp_path)
+    losses = {event.step: event.value for event in accumulated(tmp_path / "tb").Scalars("lm loss")}
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [record["iteration"] for record in records] == [1, 2, 3]
+    for record in records:
         assert record["routed_rows"] == pytest.approx(3 * record["experts_per_token"] * 8 * 32)
+        # TensorBoard has each iteration's own, in float32
+        assert record["lm_loss"] == pytest.approx(losses[record["iteration"]], rel=1e-6)
+
+
+def test_sums_of_the_first_iteration_are_not_taken_twice():
+    sums = IntervalSums()
+    assert sums.of({"lm loss": 5.0, "advanced iterations": 1}, 1) == {"lm loss": 5.0, "advanced iterations": 1}
+    assert sums.of({"lm loss": 8.0, "advanced iterations": 2}, 1) == {"lm loss": 3.0, "advanced iterations": 1}
+    assert sums.of({"lm loss": 2.0, "advanced iterations": 1}, 1) == {"lm loss": 2.0, "advanced iterations": 1}
+    # the first of ten is not the end of an interval
+    assert IntervalSums().of({"lm loss": 50.0}, 10) == {"lm loss": 50.0}
+    later = IntervalSums()
+    later.of({"lm loss": 50.0}, 10)
+    assert later.of({"lm loss": 40.0}, 10) == {"lm loss": 40.0}
 
 
 def test_memory_guard_in_a_run(tmp_path):

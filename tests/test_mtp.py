@@ -108,14 +108,13 @@ def test_their_layers_route_as_the_preset_says(start):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_metrics_file_has_their_losses(results, layout):
-    """As it has the main loss: Megatron reports a run's first iteration and counts it again in the second report."""
-    first, second = results[layout]["records"]
+    """Of each iteration alone, although Megatron counts a run's first one again in its second report."""
+    records = results[layout]["records"]
     for name in ("lm", "mtp_1", "mtp_2"):
         scalars = results[layout][f"{name} loss"]
-        values = [scalars[record["iteration"]] for record in (first, second)]
-        # A sum and a division in float32 beside the same.
-        assert math.isclose(first[f"{name}_loss"], values[0], rel_tol=2**-22)
-        assert math.isclose(second[f"{name}_loss"], sum(values) / 2, rel_tol=2**-22)
+        for record in records:
+            # A sum, a difference and a division in float32 beside the same.
+            assert math.isclose(record[f"{name}_loss"], scalars[record["iteration"]], rel_tol=2**-21)
 
 
 @pytest.mark.parametrize("preset", [PLUS_PLUS, ADAPTIVE], ids=["logits are carried", "experts adapt"])

@@ -21,6 +21,7 @@ from torch import Tensor
 from megatron_dynmoe.mcore.adaptation import ExpertAdaptation
 from megatron_dynmoe.mcore.tracker import RoutingTracker
 from megatron_dynmoe.metrics import ModelShape, RoutingSummary
+from megatron_dynmoe.training.interval import IntervalSums
 from megatron_dynmoe.training.step import LossSums
 
 
@@ -101,6 +102,7 @@ class MetricsFile:
 def log_interval(
     file: MetricsFile,
     adaptation: ExpertAdaptation | None,
+    interval: IntervalSums,
     iteration: int,
     iterations: int,
     summary: RoutingSummary,
@@ -111,17 +113,20 @@ def log_interval(
     Args:
         file: where records go.
         adaptation: of a model whose number of experts adapts.
+        interval: of this run.
         iteration: the iteration that ended the interval.
         iterations: how many the summary counts.
         summary: what was routed in it.
-        sums: Megatron's ``total_loss_dict`` of the interval.
+        sums: Megatron's ``total_loss_dict``.
 
     Returns:
         scalars for the console, TensorBoard and W&B.
     """
     args = get_args()
-    timed = max(sums.get("advanced iterations", 0) + sums.get("skipped iterations", 0), 1)
-    seconds = get_timers()("interval-time").elapsed(reset=False) / timed
+    clock = {"interval time": get_timers()("interval-time").elapsed(reset=False)}
+    own = interval.of(sums | mtp_losses(sums) | clock, iterations)
+    advanced = own.get("advanced iterations", 0.0)
+    seconds = own["interval time"] / max(advanced + own.get("skipped iterations", 0.0), 1)
     flops = routed_flops(args, summary.experts_per_token, args.global_batch_size)
     scalars = {
         "activated_parameters": model_shape(args).activated(summary.experts_per_token),
@@ -140,9 +145,9 @@ def log_interval(
     record["unrouted_tokens_by_layer"] = summary.unrouted_by_layer
     record["free_tokens_by_layer"] = summary.free_by_layer
     record |= about_experts
-    for name, value in (sums | mtp_losses(sums)).items():
+    for name, value in own.items():
         if name.endswith("loss"):
-            record[name.replace(" ", "_")] = float(value) / max(sums.get("advanced iterations", 0), 1)
+            record[name.replace(" ", "_")] = value / max(advanced, 1)
     file.write(record)
     return scalars
 

@@ -28,6 +28,7 @@ from megatron_dynmoe.training.batch import get_embedding_ranks
 from megatron_dynmoe.training.command_line import read_flags
 from megatron_dynmoe.training.datasets import build_datasets, data_prefixes
 from megatron_dynmoe.training.failures import describe, refusing_flags
+from megatron_dynmoe.training.interval import IntervalSums
 from megatron_dynmoe.training.log import MetricsFile, log_evaluation, log_interval
 from megatron_dynmoe.training.model import DynamicGPTModelConfig, layer_spec
 from megatron_dynmoe.training.stacked_experts import check_experts
@@ -83,7 +84,7 @@ def run(args: Namespace, dynmoe: DynMoEConfig, resumed: resume.Resume | None = N
         copies=1 if args.sequence_parallel else args.tensor_model_parallel_size,
         log_interval=args.log_interval,
         loss_names=tuple(f"{name}_loss" for name in OWN_LOSSES if getattr(dynmoe, f"{name}_coeff") > 0),
-        on_interval=partial(log_interval, file, adaptation),
+        on_interval=partial(log_interval, file, adaptation, IntervalSums()),
         on_step=None if adaptation is None else adaptation.after_step,
     )
     set_moe_metrics_tracker(tracker)
