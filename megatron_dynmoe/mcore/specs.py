@@ -19,6 +19,7 @@ from megatron_dynmoe.mcore.experts import TorchGroupedMLP, why_not_torch
 from megatron_dynmoe.mcore.layer import DynMoELayer
 from megatron_dynmoe.mcore.norm import replace_norms
 from megatron_dynmoe.mcore.router import DynamicRouter
+from megatron_dynmoe.mcore.te_experts import with_scales_by_expert
 
 
 def dynamic_layer_spec(spec: Any, dynmoe: DynMoEConfig) -> Any:
@@ -104,4 +105,6 @@ def build_experts(num_local_experts: int, config: TransformerConfig, *, stock: A
             "--moe-expert-backend is 'sequential', but --moe-grouped-gemm asks for grouped experts; "
             "drop one of the two."
         )
+    if backend == "te" and isinstance(stock, partial):
+        stock = with_scales_by_expert(stock)
     return stock(num_local_experts, config, **kwargs)
