@@ -217,3 +217,60 @@ def scales(layer) -> dict[tuple[str, str], torch.Tensor]:
             torch.distributed.all_gather(parts, mine, group=group)
             found[name, direction] = torch.cat(parts, dim=1)
     return found
+
+
+def check_layers_in_fp8(argv: list[str], wanted: list[int]) -> int:
+    """A run after which only the layers of these numbers, experts, shared experts and attention, have computed in FP8."""
+    import gc
+
+    from megatron.core.transformer.transformer_layer import TransformerLayer
+
+    from tests import ranks
+
+    code = ranks.pretrain(argv)
+    layers = [one for one in gc.get_objects() if isinstance(one, TransformerLayer)]
+    assert layers
+    for layer in layers:
+        linear = {name: module for name, module in layer.named_modules() if hasattr(module, "fp8_meta")}
+        assert any("mlp.experts.linear_fc1" in name for name in linear) and len(linear) > 4, list(linear)
+        for name, module in linear.items():
+            assert module.fp8 == (layer.layer_number in wanted), (layer.layer_number, name)
+    return code
+
+
+def check_mxfp8() -> None:
+    """Refused before Blackwell; there rows come in multiples of 32. Its casts are not stood in for."""
+    from argparse import Namespace
+    from unittest import mock
+
+    from megatron_dynmoe.config import ConfigError
+    from megatron_dynmoe.training.values import _check_recipe
+
+    start()
+    args = Namespace(fp8="e4m3", fp8_recipe="mxfp8")
+    with mock.patch.object(torch.cuda, "is_available", lambda: True):
+        try:
+            _check_recipe(args)
+        except ConfigError as error:
+            assert "this GPU's capability is 9.0, and mxfp8 is for 10.0" in str(error)
+        else:
+            raise AssertionError("accepted on Hopper")
+        with mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: (10, 0)):
+            _check_recipe(args)
+    layer = build("dynamic-moe", None)
+    layer.config.fp8, layer.config.fp8_recipe = "e4m3", "mxfp8"
+    layer.config.moe_router_padding_for_quantization = True
+    sizes: list[int] = []
+
+    class Stop(Exception):
+        pass
+
+    def look(module, args):
+        sizes.extend(args[1].tolist())
+        raise Stop
+
+    layer.experts.register_forward_pre_hook(look)
+    try:
+        layer(torch.randn(S, B, D).bfloat16())
+    except Stop:
+        assert sizes and any(sizes) and not any(size % 32 for size in sizes)
