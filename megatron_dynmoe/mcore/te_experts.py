@@ -33,16 +33,16 @@ class ScalesByExpert:
         """One entry an expert: megatron-core's, on scales that lie as it expects them."""
         found = self._decode_extra_state(state) if isinstance(state, Tensor) else None
         if not isinstance(found, dict) or not found.keys() >= _ROLES.keys():
-            return super()._split_extra_state(state)
+            return super()._split_extra_state(state)  # type: ignore[misc]
         for name, roles in _ROLES.items():
             by_expert = found[name].unflatten(-1, (self.num_gemms, roles))
             found[name] = by_expert.transpose(-1, -2).flatten(-2)
-        states = super()._split_extra_state(self._encode_extra_state(found))
+        states = super()._split_extra_state(self._encode_extra_state(found))  # type: ignore[misc]
         return [self._encode_extra_state(self._decode_extra_state(one) | {_MARK: True}) for one in states]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         self._join(state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[misc]
 
     def _join(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Marked entries to the one that Transformer Engine reads; megatron-core's own joining then finds nothing."""

@@ -21,7 +21,7 @@ LAYERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "shared, overlapped, rows per rank": (SHARED | {"moe_shared_expert_overlap": True}, {"dispatch_unit": "rank"}),
     "residual mixer": (SHARED, {"residual": True}),
     "rows padded by Transformer Engine": ({"moe_router_padding_for_quantization": False}, {}),
-    # by itself a history's magnitudes are the largest of all data-parallel ranks, of other experts in the same place too
+    # by itself a history has the largest of all data-parallel ranks, of other experts in the same place too
     "own scales": ({"tp_only_amax_red": True}, {}),
 }
 # Numbers of e5m2 have two bits, of e4m3 three: each is off by up to 2^-3 and 2^-4 of itself, at random, in sums of 48
@@ -158,7 +158,7 @@ def compare(layer, got: dict[str, Any], wanted: dict[str, Any], case: object) ->
     for name, error in errors.items():
         limit = OF_DIFFERENCES if name.startswith(("router.", "mixer.")) else TOLERANCE
         assert error <= limit, (case, name, error)
-    assert 0 < errors["output"], case  # or nothing was cast
+    assert errors["output"] > 0, case  # or nothing was cast
     return errors
 
 
@@ -220,7 +220,7 @@ def scales(layer) -> dict[tuple[str, str], torch.Tensor]:
 
 
 def check_layers_in_fp8(argv: list[str], wanted: list[int]) -> int:
-    """A run after which only the layers of these numbers, experts, shared experts and attention, have computed in FP8."""
+    """A run after which the layers of these numbers, and no other, have computed in FP8: experts and attention."""
     import gc
 
     from megatron.core.transformer.transformer_layer import TransformerLayer

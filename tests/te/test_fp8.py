@@ -15,7 +15,8 @@ SAVED, END = 2, 4
 PADDED = "--moe-router-padding-for-quantization"
 RECIPES = {
     "bfloat16": "",
-    "delayed": f"--fp8-format hybrid --fp8-recipe delayed --fp8-amax-history-len 8 --fp8-amax-compute-algo max {PADDED}",
+    "delayed": "--fp8-format hybrid --fp8-recipe delayed --fp8-amax-history-len 8 --fp8-amax-compute-algo max "
+    + PADDED,
     "tensorwise": f"--fp8-format hybrid --fp8-recipe tensorwise {PADDED}",
     "blockwise": f"--fp8-format e4m3 --fp8-recipe blockwise {PADDED}",
 }
@@ -100,7 +101,7 @@ def test_delayed_scales_resume(whole, resumed):
 
 
 def test_other_precisions_go_on_from_delayed_scales(whole, resumed):
-    """And padding is no routing: experts per token are bfloat16's, but for a token or two that an expert's FP8 moves."""
+    """And padding is no routing: experts per token are bfloat16's, but for a token or two that FP8 moves."""
     wanted = resumed("bfloat16")
     assert_close(resumed("bfloat16", "--moe-expert-backend torch"), wanted, ANOTHER_ORDER)
     for recipe in ("delayed", "blockwise"):
@@ -124,7 +125,7 @@ def test_recomputed(resumed, case):
 
 
 def test_weights_in_fp8(whole, resumed, tmp_path):
-    """Gathered in FP8 they are what the forward pass casts anyway; saved as numbers they are so again after a resume."""
+    """Gathered in FP8 they are what the forward pass casts anyway, and so again after a resume."""
     argv, save, _ = whole
     words = [*argv, *RECIPES["blockwise"].split(), "--fp8-param-gather", "--save", str(tmp_path / "save")]
     first = [
@@ -138,7 +139,7 @@ def test_weights_in_fp8(whole, resumed, tmp_path):
         "--exit-interval",
         str(END),
     ]
-    numbers = train(first, tmp_path / "first")
+    numbers = train([*first, "--exit-interval", str(END)], tmp_path / "first")
     assert numbers == resumed("blockwise")
     again = [*words, "--load", str(tmp_path / "save"), "--ckpt-step", "3", "--exit-interval", str(END)]
     assert train(again, tmp_path / "again") == after(numbers, 3)
@@ -177,7 +178,12 @@ def test_refused_in_a_sentence(whole, tmp_path, case):
 
 # As users run them: the scripts' own sizes, flags and recipe. One here; the others differ in what is tested above.
 def test_smoke_of_the_script(tmp_path):
-    settings = make_data(tmp_path) | {"SMOKE": "1", "FP8": "1", "TRANSFORMER_IMPL": "transformer_engine"}
+    settings = make_data(tmp_path) | {
+        "SMOKE": "1",
+        "FP8": "1",
+        "TRANSFORMER_IMPL": "transformer_engine",
+        "TRAIN_ITERS": "10",
+    }
     argv = command("moe_plus_plus_7b", settings, tmp_path / "save", "--num-workers", "0", "--exit-interval", "2")
     assert argv[argv.index("--fp8-recipe") + 1] == "blockwise"
     numbers = train([*argv, "--eval-iters", "0", "--split", "100,0,0"], tmp_path)
