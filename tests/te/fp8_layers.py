@@ -22,7 +22,7 @@ LAYERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "residual mixer": (SHARED, {"residual": True}),
     "rows padded by Transformer Engine": ({"moe_router_padding_for_quantization": False}, {}),
     # by itself a history has the largest of all data-parallel ranks, of other experts in the same place too
-    "own scales": ({"tp_only_amax_red": True}, {}),
+    "own scales, k at its cap": ({"tp_only_amax_red": True}, {"max_experts_per_token": 1}),
 }
 # Numbers of e5m2 have two bits, of e4m3 three: each is off by up to 2^-3 and 2^-4 of itself, at random, in sums of 48
 # to 128. Sums of squares over a whole tensor, so that one number does not decide.
@@ -187,7 +187,7 @@ def check_scales_move_with_their_experts(folder: Path) -> None:
     """Written by two expert-parallel ranks, read by one, and back: each expert has its own history and scale again."""
     os.environ["NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"] = "1"  # as resume.prepare() sets it
     rank = start()
-    layer = build("dynamic-moe", "delayed", "own scales")
+    layer = build("dynamic-moe", "delayed", "own scales, k at its cap")
     for step in range(3):
         torch.manual_seed(10 + 2 * step + rank)
         one_pass(layer, torch.randn(S, B, D).bfloat16() * 2**step, torch.randn(S, B, D).bfloat16())
@@ -197,7 +197,7 @@ def check_scales_move_with_their_experts(folder: Path) -> None:
     for number, expert_ranks in enumerate((1, 2)):
         save(layer, folder / str(number))
         start(expert_ranks)
-        layer = build("dynamic-moe", "delayed", "own scales", expert_ranks=expert_ranks)
+        layer = build("dynamic-moe", "delayed", "own scales, k at its cap", expert_ranks=expert_ranks)
         load(layer, folder / str(number))
         for what, value in scales(layer).items():
             assert torch.equal(value, wanted[what]), (expert_ranks, what)
@@ -274,3 +274,30 @@ def check_mxfp8() -> None:
         layer(torch.randn(S, B, D).bfloat16())
     except Stop:
         assert sizes and any(sizes) and not any(size % 32 for size in sizes)
+
+
+def check_idle_experts() -> None:
+    """No rows for one expert, for all of a rank's, or for any: zeros, and a zero gradient for each idle weight."""
+    rank = start()
+    x, grad = torch.randn(S, B, D).bfloat16(), torch.randn(S, B, D).bfloat16()
+    for recipe in RECIPES:
+        for used in (range(1, E), range(E // 2), ()):
+            layer = build("dynamic-moe", recipe)
+            chosen = torch.zeros(S * B, E, dtype=torch.bool)
+            chosen[:, list(used)] = True
+            weights = (chosen * 0.25).requires_grad_()
+            layer.router.forward = lambda *args, w=weights, c=chosen, **kwargs: (w, c)
+            got = one_pass_of_map(layer, x, grad)
+            assert bool((got == 0).all()) == (not used) and bool(got.isfinite().all()), (recipe, used)
+            for name, weight in layer.experts.named_parameters():
+                idle = rank * E // 2 + int(name.rpartition("weight")[2]) not in used
+                assert weight.grad is not None and bool((weight.grad == 0).all()) == idle, (recipe, used, name)
+
+
+def one_pass_of_map(layer, x, grad) -> torch.Tensor:
+    from megatron.core.fp8_utils import get_fp8_context
+
+    with get_fp8_context(layer.config):
+        out, _ = layer(x.clone().requires_grad_())
+    out.backward(grad)
+    return out.detach()

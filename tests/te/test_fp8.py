@@ -188,3 +188,7 @@ def test_smoke_of_the_script(tmp_path):
     assert argv[argv.index("--fp8-recipe") + 1] == "blockwise"
     numbers = train([*argv, "--eval-iters", "0", "--split", "100,0,0"], tmp_path)
     assert numbers["lm loss"][2] < numbers["lm loss"][1]
+
+
+def test_experts_and_ranks_without_rows(tmp_path):
+    ranks.call(fp8_layers.check_idle_experts, ranks=2, folder=tmp_path)
