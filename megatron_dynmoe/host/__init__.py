@@ -8,7 +8,8 @@ same program trains on gloo ranks, in float32 or bfloat16; loop, layouts and che
     host.enable()                         # first thing in the program
     sys.argv[1:1] = host.default_flags()  # what megatron must be told on such a machine; the user's flags follow
 
-Where CUDA is, ``enable()`` touches nothing but ``compile_helpers``, ``mixed groups``, ``restarts``, ``accumulation``.
+Where CUDA is, ``enable()`` touches nothing but ``compile_helpers``, ``mixed groups``, ``restarts``, ``accumulation``,
+``quantized saves``.
 What is redirected, and why:
 
 claim
@@ -45,6 +46,9 @@ mixed groups
 restarts
     On **every** machine: ranks that torchrun has restarted read the addresses of those before: see
     ``host/restarts.py``.
+quantized saves
+    On **every** machine: weights of ``--fp8-param-gather`` go into checkpoints as numbers, not as Transformer Engine's
+    pickled objects: see ``host/quantized_saves.py``.
 accumulation
     Where Transformer Engine is without apex, its GEMM takes the place of apex' kernel that adds weight gradients into
     their float32 sums, which megatron's output layer demands: see ``host/accumulation.py``.
@@ -68,6 +72,7 @@ from megatron_dynmoe.host.helpers import skip_compile_helpers
 from megatron_dynmoe.host.memory import redirect_memory
 from megatron_dynmoe.host.mixed_groups import mend_mixed_groups
 from megatron_dynmoe.host.optimizer import redirect_optimizer
+from megatron_dynmoe.host.quantized_saves import save_numbers
 from megatron_dynmoe.host.restarts import keys_for_each_restart
 from megatron_dynmoe.host.streams import redirect_streams
 
@@ -92,6 +97,7 @@ def enable() -> bool:
             skip_compile_helpers(undo)
             keys_for_each_restart(undo)
             accumulate_with_transformer_engine(undo)
+            save_numbers(undo)
             mend_mixed_groups(undo)  # before the redirection, which builds on it
             if not _cuda_is_available():
                 _redirect(undo)

@@ -22,6 +22,7 @@ from megatron_dynmoe.mcore.fp8_state import pass_by_scales
 from megatron_dynmoe.mcore.layer import DynMoELayer
 from megatron_dynmoe.mcore.norm import replace_norms
 from megatron_dynmoe.mcore.router import DynamicRouter
+from megatron_dynmoe.mcore.te_experts import with_scales_by_expert
 
 # The norm before a layer's feed-forward part is a module of its own here, or part of the linear layer behind it, as
 # Transformer Engine has it in dense layers. megatron's local spec maps the former to the latter's names in every layer,
@@ -125,6 +126,8 @@ def build_experts(
             "--moe-expert-backend is 'sequential', but --moe-grouped-gemm asks for grouped experts; "
             "drop one of the two."
         )
+    if backend == "te" and isinstance(stock, partial):
+        stock = with_scales_by_expert(stock)
     experts = stock(num_local_experts, config, **kwargs)
     if backend == "te":
         pass_by_scales(experts)

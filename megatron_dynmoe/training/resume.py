@@ -98,6 +98,10 @@ def prepare(args: Namespace) -> Resume | None:
         os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
         if os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None):  # torch refuses to have both
             _note("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is not heeded; --trust-checkpoint says the same.")
+    if found is not None:
+        # Transformer Engine refuses its own delayed scales otherwise, as they are pickled (pytorch/_extra_state.py:96).
+        # Here they are plain data, which was looked at above, or trusted.
+        os.environ["NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"] = "1"
     return found
 
 

@@ -24,6 +24,11 @@ def start() -> None:
 
 def build(backend: str, dtype: torch.dtype, *, p: float = 0.4, **extra):
     """A dynamic layer of Transformer Engine's spec with the experts of ``backend``."""
+    return build_dynamic(dtype, {"top_p": p, "expert_backend": backend}, **extra)
+
+
+def build_dynamic(dtype: torch.dtype, dynmoe: dict, **extra):
+    """A dynamic layer of Transformer Engine's spec: fields of our configuration, and of megatron's."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
     from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -51,7 +56,7 @@ def build(backend: str, dtype: torch.dtype, *, p: float = 0.4, **extra):
     }
     config = TransformerConfig(**(settings | extra))
     spec = get_gpt_layer_with_transformer_engine_spec(num_experts=E, moe_grouped_gemm=True)
-    spec = dynamic_layer_spec(spec, DynMoEConfig(top_p=p, expert_backend=backend))
+    spec = dynamic_layer_spec(spec, DynMoEConfig(**dynmoe))
     layer = spec.submodules.mlp(config=config, layer_number=1)
     layer.set_layer_number(1)
     return layer
@@ -71,13 +76,28 @@ def pair(dtype: torch.dtype, **extra):
 
 def hand_over(source, target, folder: Path) -> None:
     """By a distributed checkpoint."""
-    from megatron.core import dist_checkpointing, parallel_state
+    save(source, folder)
+    load(target, folder)
 
-    folder.mkdir()
-    metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-    dist_checkpointing.save(source.sharded_state_dict(prefix="mlp.", metadata=metadata), str(folder))
-    state = dist_checkpointing.load(target.sharded_state_dict(prefix="mlp.", metadata=metadata), str(folder))
-    target.load_state_dict({key.removeprefix("mlp."): value for key, value in state.items()})
+
+def save(layer, folder: Path) -> None:
+    from megatron.core import dist_checkpointing
+
+    folder.mkdir(exist_ok=True)
+    dist_checkpointing.save(layer.sharded_state_dict(prefix="mlp.", metadata=metadata()), str(folder))
+
+
+def load(layer, folder: Path) -> None:
+    from megatron.core import dist_checkpointing
+
+    state = dist_checkpointing.load(layer.sharded_state_dict(prefix="mlp.", metadata=metadata()), str(folder))
+    layer.load_state_dict({key.removeprefix("mlp."): value for key, value in state.items()})
+
+
+def metadata() -> dict:
+    from megatron.core import parallel_state
+
+    return {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
 
 
 def one_pass(layer, x, grad) -> dict[str, torch.Tensor]:

@@ -1,7 +1,8 @@
 """Imported once by the fork server of this leg's ranks: Transformer Engine over the stand-ins, then as ever.
 
-Three things differ from ``tests/preload.py``. Transformer Engine asks for the device as megatron does, and gets the
-same answer. The device claims to be Hopper, whose FP8 recipes and rules these are. And the flags that go before the
+Four things differ from ``tests/preload.py``. Transformer Engine asks for the device as megatron does, and gets the
+same answer. The device claims to be Hopper, whose FP8 recipes and rules these are. Its generator
+is the CPU's. And the flags that go before the
 user's are those of a machine with a GPU, but for the backend of its collectives.
 """
 
@@ -37,8 +38,17 @@ def claim_hopper() -> None:
     )
 
 
+def draw_from_the_one_generator() -> None:
+    """Recomputation under FP8 is Transformer Engine's, which puts the generator of the GPU back."""
+    from transformer_engine.pytorch import distributed
+
+    distributed._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    distributed._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+
 device._asked_by_megatron = asked_by_megatron_or_transformer_engine
 claim_hopper()
+draw_from_the_one_generator()
 flags_of_this_machine = host.default_flags
 
 

@@ -47,7 +47,7 @@ def make_data(folder: Path) -> dict[str, str]:
 
 
 def command(model: str, settings: dict[str, str], save: Path, *flags: str) -> list[str]:
-    """What ``pretrain.sh model`` gives the training entry, then the toy sizes and ``flags``.
+    """What ``pretrain.sh model`` gives the training entry, then the toy sizes (with SMOKE its own) and ``flags``.
 
     torchrun is stood in for by a program that writes its arguments down.
     """
@@ -58,11 +58,11 @@ def command(model: str, settings: dict[str, str], save: Path, *flags: str) -> li
     environment = (
         os.environ | settings | {"SAVE": str(save), "TORCHRUN": str(stub), "RESTARTS": "0", "GPUS": str(RANKS)}
     )
-    environment |= {"TRAIN_ITERS": "100"}
+    environment = {"TRAIN_ITERS": "100"} | environment
     subprocess.run(["bash", str(EXAMPLES / "pretrain.sh"), model], env=environment, check=True, timeout=60)
     words = written.read_text().splitlines()
     argv = words[words.index(str(EXAMPLES / "pretrain_dynmoe.py")) + 1 :]
-    return [*argv, *TOY, *flags]
+    return [*argv, *([] if "SMOKE" in settings else TOY), *flags]
 
 
 def train(argv: list[str], folder: Path, *, with_apex: bool = False, kill_at: int = 0) -> dict[str, dict[int, float]]:

@@ -77,7 +77,7 @@ def _store_per_tensor(x: torch.Tensor, quantizer: Any, scale: torch.Tensor, outp
         output._scale_inv.copy_((1 / scale).view(output._scale_inv.shape))
         if output._data is not None:
             output._data.copy_(data.view(output._data.shape))
-        output._transpose_invalid = True
+        output._transpose, output._transpose_invalid = None, True
         if quantizer.columnwise_usage or output._data is None:
             output._transpose, output._transpose_invalid = _transposed(data), False
         return output
@@ -126,9 +126,11 @@ def _store_blocks(x: torch.Tensor, quantizer: Any, output: Any) -> Any:
     if output is not None:
         for name, value in parts.items():
             held = getattr(output, f"_{name}")
-            if value is not None and held is not None:
+            if value is None:  # a copy that this cast does not write is let go, or it would be of older numbers
+                setattr(output, f"_{name}", None)
+            elif held is not None:
                 held.copy_(value.view(held.shape))
-            elif value is not None:
+            else:
                 setattr(output, f"_{name}", value)
         return output
     parts |= {
