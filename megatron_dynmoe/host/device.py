@@ -35,9 +35,20 @@ def redirect_device(undo: ExitStack) -> None:
         get_device_properties=lambda device=None: SimpleNamespace(name="cpu", major=9, minor=0),
         get_device_capability=lambda device=None: (9, 0),
     )
-    if QUEUES not in os.environ:  # what they ask for with tensor and context parallelism; it says nothing to a CPU
-        os.environ[QUEUES] = "1"
+    if QUEUES not in os.environ:
+        claim_queues(one=True)
         undo.callback(os.environ.pop, QUEUES, None)
+
+
+def claim_queues(*, one: bool) -> None:
+    """What checks of arguments want for Hopper: one queue beside tensor and context parallelism, several beside FSDP.
+
+    It says nothing to a CPU.
+    """
+    if one:
+        os.environ.setdefault(QUEUES, "1")
+    else:
+        os.environ.pop(QUEUES, None)
 
 
 def _names_cuda(device: Any) -> bool:

@@ -12,6 +12,7 @@ from megatron.training.arguments import add_megatron_arguments, parse_and_valida
 
 from megatron_dynmoe import host
 from megatron_dynmoe.config import ConfigError, DynMoEConfig
+from megatron_dynmoe.host.device import claim_queues
 from megatron_dynmoe.training import resume
 from megatron_dynmoe.training.arguments import add_dynmoe_args, dynmoe_from_args, prepare_argv
 from megatron_dynmoe.training.failures import refusing_flags
@@ -80,6 +81,8 @@ def read_flags(argv: list[str]) -> tuple[Namespace, DynMoEConfig, resume.Resume 
     given = _parser().parse_args(argv)
     check_flags(given)
     check_values(given)
+    if host.backend() == "gloo":
+        claim_queues(one=not given.use_megatron_fsdp)
     dynmoe = dynmoe_from_args(given)
     resumed = resume.prepare(given)  # before anything of a checkpoint is unpickled, which Megatron's checks may do
     sys.argv[1:] = argv
