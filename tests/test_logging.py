@@ -82,6 +82,19 @@ def test_rates_are_of_the_iterations_counted(tmp_path):
         assert record["lm_loss"] == pytest.approx(losses[record["iteration"]], rel=1e-6)
 
 
+def test_evaluations_say_which_set_they_were_on(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    own = "--split 80,10,10 --eval-iters 1 --eval-interval 1 --train-iters 1".split()
+    run = ranks.call(ranks.pretrain, flags("serial", *own, "--moe-metrics-file", str(file)), ranks=1, folder=tmp_path)
+    printed = re.findall(r"on test set \| lm loss value: ([0-9.E+-]+)", run.output())
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [name for record in records for name in record if name in ("validation_loss", "test_loss")][
+        -1
+    ] == "test_loss"
+    assert records[-1]["test_loss"] == pytest.approx(float(printed[0]), rel=1e-5) and len(printed) == 1
+    assert all("validation_loss" in record for record in records[1:-1])
+
+
 def test_sums_of_the_first_iteration_are_not_taken_twice():
     sums = IntervalSums()
     assert sums.of({"lm loss": 5.0, "advanced iterations": 1}, 1) == {"lm loss": 5.0, "advanced iterations": 1}

@@ -41,6 +41,7 @@ ADAPTIVE = [
         changes=[(3, 0, [0, 4], [0, 2], 4, 30), (3, 2, [7], [], 3, 0)],
     ),
     {"iteration": 4, "validation_loss": 5.0, "experts_per_token": 9.0, "experts_per_token_by_layer": {"0": 9.0}},
+    {"iteration": 4, "test_loss": 5.0, "experts_per_token": 9.0, "experts_per_token_by_layer": {"0": 9.0}},
     record(
         6,
         {"0": 2.0, "2": 3.0},

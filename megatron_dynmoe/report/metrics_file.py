@@ -122,7 +122,7 @@ def _training_records(path: Path) -> Iterator[TrainingRecord]:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     fields = _fields(line, path, number)
-                    if "validation_loss" not in fields:
+                    if not {"validation_loss", "test_loss"} & fields.keys():
                         yield _record(fields, f"{path}, line {number}")
     except OSError as error:
         raise ReportError(

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import os
+import sys
 from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -200,16 +202,24 @@ def log_evaluation(file: MetricsFile, tracker: RoutingTracker, losses: LossSums)
         return
     torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     loss, tokens = sums.tolist()
-    args = get_args()
+    args, kind = get_args(), "test" if _on_test_set() else "validation"
     record = {
         "iteration": args.iteration if tracker.iteration is None else tracker.iteration,
-        "validation_loss": loss / tokens,
-        "validation_tokens": int(tokens),
+        f"{kind}_loss": loss / tokens,
+        f"{kind}_tokens": int(tokens),
     }
-    if args.multiple_validation_sets:  # Megatron evaluates them in order
+    if args.multiple_validation_sets and kind == "validation":  # Megatron evaluates them in order
         names = args.validation_set_names or [str(index) for index in range(len(args.eval_iters))]
         record["validation_set"] = names[(losses.taken - 1) % len(names)]
     record |= summary.scalars()
     record["experts_per_token_by_layer"] = summary.experts_per_token_by_layer
     record["free_tokens_by_layer"] = summary.free_by_layer
     file.write(record)
+
+
+def _on_test_set() -> bool:
+    """Whether Megatron is evaluating the test set, which only the words that it prints say (training.py:1493)."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code.co_name != "evaluate_and_print_results":
+        frame = frame.f_back
+    return frame is not None and str(frame.f_locals.get("prefix")).endswith("on test set")
