@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
+from tests.te import leg
 from tests.time_limit import pytest_addoption, pytest_configure  # noqa: F401  (hooks are found by name)
 
 TE = Path(__file__).parent / "te"
@@ -32,6 +33,17 @@ def pytest_collection(session: pytest.Session) -> None:
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Leave tests/te out of every run that asks for anything else."""
     return True if collection_path == TE and not any(_asked_of_te(config)) else None
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Start the run of tests/te beside the others."""
+    if not session.config.option.collectonly:
+        leg.start_beside(session)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """End it, if it is not done."""
+    leg.end_with(config)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -48,7 +48,8 @@ class Run:
         """Send a signal to every rank that is alive."""
         for process in self.processes:
             if process.is_alive():
-                os.kill(process.pid, signum)
+                with contextlib.suppress(ProcessLookupError):  # it has just ended
+                    os.kill(process.pid, signum)
 
     def output(self, rank: int = 0) -> str:
         """What a rank printed."""

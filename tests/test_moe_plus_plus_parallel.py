@@ -87,7 +87,7 @@ def test_stages_before_the_first_mixture_exchange_shapes(tmp_path):
     argv[argv.index("--moe-layer-freq") + 1] = "[0,0,1,1]"
     ranks.call(ranks.pretrain, argv, ranks=2, folder=tmp_path / "dense first")
     refused = ranks.start(pretrain_without_shapes, argv, ranks=2, folder=tmp_path / "and asks")
-    assert all(refused.wait()) and "a stage asked for the shape" in refused.output()
+    assert all(refused.wait()) and "a stage asked for the shape" in refused.output(0) + refused.output(1)
 
 
 @pytest.mark.parametrize(

@@ -7,20 +7,21 @@ from pathlib import Path
 
 import pytest
 
+from tests.te.leg import LEG, start
 from tests.te.start import packages_are_missing
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_transformer_engine_leg() -> None:
+def test_transformer_engine_leg(request) -> None:
     missing = packages_are_missing()
     if missing and os.environ.get("TE") != "required":
         pytest.skip(missing)
     assert not missing
-    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-o", "suite_limit_minutes=15", str(ROOT / "tests" / "te")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    print(done.stdout[-20_000:], done.stderr[-5_000:])  # pytest shows it when the next line fails
-    assert done.returncode == 0
+    leg = request.config.stash.get(LEG, None) or start()
+    code = leg.wait()
+    print(leg.output())  # pytest shows it when the next line fails
+    assert code == 0
 
 
 def test_ordinary_tests_have_no_transformer_engine() -> None:

@@ -148,8 +148,8 @@ def _check_shared_fields(config: TransformerConfig, dynmoe: DynMoEConfig) -> Non
     defaults = {f.name: f.default for f in fields(TransformerConfig)}
     for field in fields(DynMoEConfig):
         name = field.metadata.get("megatron")
-        if name is None:
-            continue
+        if name is None or (name.startswith("fp8_") and dynmoe.fp8_recipe == "none"):
+            continue  # of Transformer Engine's recipe, not of ours
         theirs, ours = getattr(config, name), getattr(dynmoe, field.name)
         theirs = theirs[0] if isinstance(theirs, list) and len(theirs) == 1 else theirs
         if theirs not in (ours, defaults[name]):

@@ -23,7 +23,7 @@ from megatron_dynmoe.mcore.config import check_config
 from megatron_dynmoe.mcore.fp8_state import then_update_scales
 from megatron_dynmoe.mcore.stages import fix_width
 from megatron_dynmoe.mcore.tracker import RoutingTracker
-from megatron_dynmoe.training import nan, report_failure, resume, stop
+from megatron_dynmoe.training import fits, nan, report_failure, stop
 from megatron_dynmoe.training.batch import get_embedding_ranks
 from megatron_dynmoe.training.command_line import read_flags
 from megatron_dynmoe.training.datasets import build_datasets, data_prefixes
@@ -31,6 +31,7 @@ from megatron_dynmoe.training.failures import describe, refusing_flags
 from megatron_dynmoe.training.interval import IntervalSums
 from megatron_dynmoe.training.log import MetricsFile, log_evaluation, log_interval
 from megatron_dynmoe.training.model import DynamicGPTModelConfig, layer_spec
+from megatron_dynmoe.training.resume import Resume
 from megatron_dynmoe.training.stacked_experts import check_experts
 from megatron_dynmoe.training.step import LossSums, forward_step
 
@@ -62,7 +63,7 @@ def main(argv: list[str] | None = None, *, check_data: DataCheck | None = None) 
             vocabulary = get_tokenizer().vocab_size
             for prefix in data_prefixes(args):
                 check_data(prefix, vocabulary)
-        resume.check_fits(resumed, args, get_tokenizer().vocab_size)
+        fits.check_fits(resumed, args, get_tokenizer().vocab_size)
         run(args, dynmoe, resumed)
     except (Exception, CheckpointException) as error:  # torch's is no Exception
         return report_failure.say(*describe(error))
@@ -71,10 +72,10 @@ def main(argv: list[str] | None = None, *, check_data: DataCheck | None = None) 
     return 0
 
 
-def run(args: Namespace, dynmoe: DynMoEConfig, resumed: resume.Resume | None = None) -> None:
+def run(args: Namespace, dynmoe: DynMoEConfig, resumed: Resume | None = None) -> None:
     """Train as ``args`` say; Megatron is parsed and validated, but not yet initialised."""
     config = pretrain_config(args, dynmoe)
-    config.model.fused_norm = resume.fused_norm(resumed)
+    config.model.fused_norm = fits.fused_norm(resumed)
     file, losses = MetricsFile(args.moe_metrics_file), LossSums()
     adaptation = ExpertAdaptation(dynmoe, seed=args.seed) if dynmoe.adaptive_experts else None
     tracker = RoutingTracker(

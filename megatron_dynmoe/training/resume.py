@@ -1,4 +1,4 @@
-"""Before megatron sees a checkpoint: which one, whether it is plain data and whole, whether it fits this run.
+"""Before megatron sees a checkpoint: which one, whether it is plain data and whole.
 
 Each rank looks at its share of the files. What one of them finds, all of them learn through the rendezvous' store
 before any goes on, so nothing is unpickled that another rank has not looked at yet.
@@ -21,14 +21,6 @@ import torch.distributed as dist
 
 from megatron_dynmoe import checkpoint
 from megatron_dynmoe.checkpoint import CheckpointError
-from megatron_dynmoe.checkpoint.compare import (
-    check_function,
-    check_implementation,
-    check_optimizer,
-    check_tokenizer,
-    check_vocabulary,
-)
-from megatron_dynmoe.checkpoint.index import read_index
 from megatron_dynmoe.checkpoint.lock import WAIT_S, hold
 
 # The store lives as long as this: rank 0 serves it, and megatron's own rendezvous takes it over.
@@ -84,8 +76,8 @@ def prepare(args: Namespace) -> Resume | None:
         rank, ranks = 0, 1
     found, error = None, None
     try:
-        if args.save and rank == 0 and (note := hold(Path(args.save), wait_s=WAIT_S)):
-            _note(note)
+        if args.save and rank == 0 and (waited := hold(Path(args.save), wait_s=WAIT_S)):
+            note(waited)
         found = _look(args, rank, ranks)
     except (CheckpointError, OSError) as failure:
         if ranks == 1:
@@ -97,43 +89,12 @@ def prepare(args: Namespace) -> Resume | None:
         # Torch asks this even where the caller said weights_only=False, as its checkpoint planner does.
         os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
         if os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None):  # torch refuses to have both
-            _note("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is not heeded; --trust-checkpoint says the same.")
+            note("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is not heeded; --trust-checkpoint says the same.")
     if found is not None:
         # Transformer Engine refuses its own delayed scales otherwise, as they are pickled (pytorch/_extra_state.py:96).
         # Here they are plain data, which was looked at above, or trusted.
         os.environ["NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"] = "1"
     return found
-
-
-def check_fits(resume: Resume | None, args: Namespace, vocab_size: int) -> None:
-    """Hold this run's arguments, validated, against those of the checkpoint.
-
-    Raises:
-        CheckpointError: it would be another model, function, vocabulary or optimizer, or lacks what megatron looks for.
-    """
-    saved = (resume.state or {}).get("args") if resume else None
-    if not isinstance(saved, Namespace):
-        return
-    check_implementation(saved, args)
-    allow = args.moe_allow_routing_change
-    for change in check_function(saved, args, allow=allow) + check_tokenizer(saved, args, allow=allow):
-        _note(change)
-    check_vocabulary(saved, vocab_size)
-    fresh = args.finetune or args.no_load_optim or saved.no_save_optim or resume.folder.name == "release"
-    if not fresh:
-        state = resume.state.get("opt_param_scheduler")
-        check_optimizer(saved, args, _schedule(args), state if isinstance(state, dict) else {})
-
-
-def fused_norm(resume: Resume | None) -> bool | None:
-    """Whether the checkpoint names norms before experts as fused ones (mcore/specs.py); ``None``: it does not say."""
-    try:
-        keys = read_index(resume.folder).state_dict_metadata if resume else ()
-    except CheckpointError:  # another format, or one that is loaded on trust
-        return None
-    if any(".pre_mlp_layernorm." in key for key in keys):
-        return False
-    return True if any(".mlp.router." in key for key in keys) else None
 
 
 def _roots(args: Namespace) -> list[Path]:
@@ -158,8 +119,8 @@ def _look(args: Namespace, rank: int, ranks: int) -> Resume | None:
     for root in _roots(args):
         folder = checkpoint.latest_folder(root, args.ckpt_step if root == _first(args) else None)
         if rank == 0:
-            for note in checkpoint.notes(root, folder):
-                _note(note)
+            for sentence in checkpoint.notes(root, folder):
+                note(sentence)
         if folder is not None:
             newest = (
                 _look_at(folder, args, rank, ranks)
@@ -184,7 +145,7 @@ def _look_at(folder: Path, args: Namespace, rank: int, ranks: int) -> Resume:
             f"{folder} has an index but no metadata.json: its save was interrupted. Choose another with --ckpt-step."
         )
     if args.trust_checkpoint:
-        _note(f"{folder} is loaded on trust: neither its content, its checksums nor its arguments are looked at.")
+        note(f"{folder} is loaded on trust: neither its content, its checksums nor its arguments are looked at.")
         return Resume(folder, None)
     start = time.monotonic()
     places = checkpoint.all_places(folder, kind)
@@ -237,26 +198,7 @@ def _agree(args: Namespace, rank: int, ranks: int, folder: str, error: str | Non
         raise CheckpointError(f"{where} would load {folder}, {first} {other}; all hosts must see the same --load.")
 
 
-def _schedule(args: Namespace) -> dict[str, Any]:
-    """The schedule as megatron makes it (training.py:1906), before it is made."""
-    samples = not args.train_iters
-    scale = 1 if samples else args.global_batch_size
-    total = args.train_samples if samples else args.train_iters
-    decay = ((args.lr_decay_samples if samples else args.lr_decay_iters) or total) * scale
-    warmup = (args.lr_warmup_samples if samples else args.lr_warmup_iters) * scale
-    return {
-        "max_lr": args.lr,
-        "min_lr": args.min_lr,
-        "lr_warmup_steps": warmup if args.lr_warmup_fraction is None else args.lr_warmup_fraction * decay,
-        "lr_decay_steps": decay,
-        "lr_decay_style": args.lr_decay_style,
-        "start_wd": args.start_weight_decay,
-        "end_wd": args.end_weight_decay,
-        "wd_incr_steps": total * scale,
-        "wd_incr_style": args.weight_decay_incr_style,
-    }
-
-
-def _note(sentence: str) -> None:
+def note(sentence: str) -> None:
+    """Say it once, on the first rank."""
     if os.environ.get("RANK", "0") == "0":
         print(f"note: {sentence}", file=sys.stderr, flush=True)

@@ -244,19 +244,19 @@ def check_mxfp8() -> None:
     from unittest import mock
 
     from megatron_dynmoe.config import ConfigError
-    from megatron_dynmoe.training.values import _check_recipe
+    from megatron_dynmoe.training.values import check_recipe
 
     start()
     args = Namespace(fp8="e4m3", fp8_recipe="mxfp8")
     with mock.patch.object(torch.cuda, "is_available", lambda: True):
         try:
-            _check_recipe(args)
+            check_recipe(args)
         except ConfigError as error:
             assert "this GPU's capability is 9.0, and mxfp8 is for 10.0" in str(error)
         else:
             raise AssertionError("accepted on Hopper")
         with mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: (10, 0)):
-            _check_recipe(args)
+            check_recipe(args)
     layer = build("dynamic-moe", None)
     layer.config.fp8, layer.config.fp8_recipe = "e4m3", "mxfp8"
     layer.config.moe_router_padding_for_quantization = True

@@ -12,6 +12,8 @@ from types import SimpleNamespace
 
 os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # as pretrain.sh sets it for tensor and context parallelism
 
+os.environ["TORCHDYNAMO_DISABLE"] = "1"  # nothing of this is about compilers, which take ten seconds a function
+
 import torch
 
 from tests.te import start

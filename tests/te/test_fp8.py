@@ -39,7 +39,7 @@ REFUSED = {
         f"{RECIPES['blockwise']} --fp8-param-gather --moe-preset dynmoe --moe-added-expert-init copy",
         "--fp8-param-gather is True, which a dynamic MoE layer cannot serve: --moe-added-expert-init copy",
     ),
-    "torch's experts": (f"{RECIPES['blockwise']} --moe-expert-backend torch", "not in FP8"),
+    "torch's experts": (f"{RECIPES['blockwise']} --moe-expert-backend torch", "an FP8 of its own, --moe-fp8-recipe"),
 }
 # Sums in another order, over other ranks, cast to three bits each: a part in a thousand of the loss.
 ANOTHER_ORDER = 2e-3
