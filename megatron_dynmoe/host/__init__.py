@@ -54,7 +54,7 @@ accumulation
     their float32 sums, which megatron's output layer demands: see ``host/accumulation.py``.
 
 Limits: a process that is spawned, not forked, has to call ``enable()`` itself; context parallelism needs Transformer
-Engine's attention; gloo has no uneven all-gather (``dispatch/moves.py`` says one as an all-to-all); the stock local
+Engine's attention; gloo has no uneven all-gather (``dispatch/moves.py`` says one as messages); the stock local
 norms refuse sequence parallelism (``megatron_dynmoe.mcore.norm`` has norms that do not).
 """
 
