@@ -8,7 +8,7 @@ import pytest
 from megatron_dynmoe.presets import PRESETS
 from tests import ranks
 from tests.te import fp8_layers
-from tests.te.runs import RANKS, SCALARS, command, make_data, train
+from tests.te.runs import MODELS, RANKS, SCALARS, command, make_data, train
 from tools import export_hf
 
 SAVED, END = 2, 4
@@ -176,15 +176,16 @@ def test_refused_in_a_sentence(whole, tmp_path, case):
     shutil.rmtree(tmp_path / "save", ignore_errors=True)
 
 
-# As users run them: the scripts' own sizes, flags and recipe. One here; the others differ in what is tested above.
-def test_smoke_of_the_script(tmp_path):
+# As users run them: the scripts' own sizes, flags and recipe.
+@pytest.mark.parametrize("model", MODELS)
+def test_smoke_of_the_script(model, tmp_path):
     settings = make_data(tmp_path) | {
         "SMOKE": "1",
         "FP8": "1",
         "TRANSFORMER_IMPL": "transformer_engine",
         "TRAIN_ITERS": "10",
     }
-    argv = command("moe_plus_plus_7b", settings, tmp_path / "save", "--num-workers", "0", "--exit-interval", "2")
+    argv = command(model, settings, tmp_path / "save", "--num-workers", "0", "--exit-interval", "2")
     assert argv[argv.index("--fp8-recipe") + 1] == "blockwise"
     numbers = train([*argv, "--eval-iters", "0", "--split", "100,0,0"], tmp_path)
     assert numbers["lm loss"][2] < numbers["lm loss"][1]
