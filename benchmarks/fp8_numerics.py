@@ -1,12 +1,13 @@
-"""FP8 experts in numbers: the error of each recipe on one layer, and 200 steps of a small model in each.
+"""FP8 experts in numbers: the error of each recipe on one layer, and 200 steps of the demo's model in each.
 
     python benchmarks/fp8_numerics.py --output benchmarks/results/fp8_numerics
 
 writes a table (.md), all figures (.json) and the loss curves (.png).  Runs that the JSON has are not run again, so an
 interrupted start goes on.  On a CPU every recipe is emulated; with a GPU row-wise runs on torch's kernel.
 
-The model is the demo's with half its layers and narrower: two layers, 128 wide, eight experts of 128, sequences of 128.
-Its text is collected from this machine.  All recipes of a seed have the same initial weights and batches.
+The model, its batches and its learning rate are the demo's: four layers, 128 wide, eight experts of 256, sequences of
+256; on one rank in the place of the demo's two.  Its text is collected from this machine.  All recipes of a seed have
+the same initial weights and batches.
 """
 
 from __future__ import annotations
@@ -30,13 +31,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import fp8_errors
 from benchmarks.gpu_check import device, versions
-from megatron_dynmoe.demo.steps import MODEL, ROUTING, TRAINING, flags, token_prefix, tool
+from megatron_dynmoe.demo.steps import (
+    CORPUS_MEGABYTES,
+    ITERATIONS,
+    MODEL,
+    ROUTING,
+    TRAINING,
+    VOCABULARY,
+    flags,
+    token_prefix,
+    tool,
+)
 
-STEPS, LAST = 200, 50
-SMALLER = {"num-layers": 2, "ffn-hidden-size": 256, "seq-length": 128, "max-position-embeddings": 128}
-SMALLER |= {"moe-ffn-hidden-size": 128}
+STEPS, LAST = ITERATIONS, 50
 UNSAVED = {"eval-iters": 0, "train-iters": STEPS, "log-interval": 10, "save-interval": None}
-VOCABULARY, MEGABYTES = 1024, 4
 # name -> flags; the second is what the others are compared with
 RUNS = {
     "float32": [],
@@ -85,7 +93,7 @@ def prepare_text(work: Path) -> None:
         return
     corpus, tokenizer = work / "corpus", work / "tokenizer"
     commands = [
-        tool("collect_corpus", output=corpus, megabytes=MEGABYTES, overwrite=True),
+        tool("collect_corpus", output=corpus, megabytes=CORPUS_MEGABYTES, overwrite=True),
         tool("train_tokenizer", corpus=corpus, output=tokenizer, vocab_size=VOCABULARY, overwrite=True),
         [
             *tool("preprocess_data", tokenizer_model=tokenizer.with_suffix(".model"), append_eod=True, overwrite=True),
@@ -133,7 +141,7 @@ def train_all(report: dict[str, Any], path: Path, options: argparse.Namespace, *
 def model_flags(seed: int) -> list[str]:
     """The training entry's flags of one seed."""
     training = {name: value for name, value in (TRAINING | UNSAVED).items() if value is not None}
-    return flags(MODEL | SMALLER | ROUTING["dynamic-moe"]) + flags(training | {"seed": 1234 + seed})
+    return flags(MODEL | ROUTING["dynamic-moe"]) + flags(training | {"seed": 1234 + seed})
 
 
 def data_flags(work: Path) -> list[str]:

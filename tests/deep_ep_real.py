@@ -1,6 +1,6 @@
 """The real DeepEP or HybridEP beside its stand-in, and under a layer: ``torchrun ... -m tests.deep_ep_real deepep``.
 
-On a machine without them the same lines run with the stand-in in both places (tests/test_flex_real.py).
+On a machine without them the same lines run with the stand-in in both places (tests/mcore/test_flex_real.py).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the ranks of tests/test_flex.py do: layers with the flex dispatcher beside the same layers with alltoall."""
+"""Ranks of tests/mcore/test_flex.py: layers with the flex dispatcher beside the same layers with alltoall."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 from tests import deep_ep_standin
-from tests.test_mcore_layer import B, D, E, F, S, _config, _layer
-from tests.test_mcore_moe_plus_plus import FREE, _filled
+from tests.mcore.test_mcore_layer import B, D, E, F, S, _config, _layer
+from tests.mcore.test_mcore_moe_plus_plus import FREE, _filled
 
 PRESETS = [
     ("dynamic-moe", {}),

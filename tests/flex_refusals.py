@@ -1,4 +1,4 @@
-"""What the flex dispatcher refuses, each in one sentence; run in a rank by tests/test_flex.py."""
+"""What the flex dispatcher refuses, each in one sentence; run in a rank by tests/mcore/test_flex.py."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from tests import deep_ep_standin
 from tests.flex_ranks import BACKENDS, EP2, flex, setup
-from tests.test_mcore_layer import _config, _layer
+from tests.mcore.test_mcore_layer import _config, _layer
 
 HALF = {"params_dtype": torch.bfloat16, "bf16": True, **EP2}
 DEEPEP, HYBRIDEP = map(flex, BACKENDS)

@@ -1,4 +1,4 @@
-"""What a rank of tests/test_mixed_groups.py does: train, look at every main copy after every step, write state down."""
+"""A rank of tests/host/test_mixed_groups.py: train, look at every main copy after every step, write state down."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from tests import ranks
-from tests.test_adaptive_parallel import check_every_update
+from tests.training.test_adaptive_parallel import check_every_update
 
 INITS = ("keep", "fresh", "copy")  # what the first, second, third update does, and so on again
 

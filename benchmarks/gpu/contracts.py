@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu.contracts tests/contracts     # record anew on this machine
 
-``tests/test_contracts.py`` replays them: the CPU must call the same functions with the same contracts.
+``tests/benchmarks/test_contracts.py`` replays them: the CPU must call the same functions with the same contracts.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def smoke(context: Context) -> None:
 def tests(context: Context) -> None:
     """pytest on all files with tests for a GPU; on the CPU they are collected and skip themselves."""
     # Only files that have such tests: the others may import what a bare machine lacks.
-    files = [str(path) for path in sorted((ROOT / "tests").glob("test_*.py")) if "pytest.mark.gpu" in path.read_text()]
+    files = [str(path) for path in sorted((ROOT / "tests").rglob("test_*.py")) if "pytest.mark.gpu" in path.read_text()]
     junit, log = context.out / "tests.xml", context.out / "pytest.log"
     junit.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-k", "not training", "-p", "no:cacheprovider"]
