@@ -21,6 +21,10 @@ class UserError(ValueError):
     """Something that the user gave and can change: ``str(error)`` is the sentence that says what and how."""
 
 
+class ConfigError(UserError):
+    """A value that cannot work; the message names the field, the value and what would be accepted."""
+
+
 def user_sentence(error: BaseException) -> str | None:
     """The sentence of a :class:`UserError` or of an :class:`OSError` about a file; ``None`` for everything else."""
     if isinstance(error, UserError):

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from megatron_dynmoe.routing import Routing
+    from megatron_dynmoe.routers.routing import Routing
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class RoutingStats:
 
     def add(self, layer: int, routing: Routing, valid_T: Tensor | None = None) -> None:
         """Count one routing at layer ``layer``; of its tokens those that ``valid_T`` (bool) names, or all."""
-        map_TE, free_TZ = routing.map_TE, routing.free_map_TZ
+        map_TE, free_TZ = routing.map_TE, routing.map_TZ
         if valid_T is not None:
             map_TE, free_TZ = map_TE & valid_T.unsqueeze(-1), free_TZ & valid_T.unsqueeze(-1)
         if self.counts.device != map_TE.device:

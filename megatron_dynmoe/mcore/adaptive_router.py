@@ -10,7 +10,7 @@ from torch import Tensor
 from megatron_dynmoe.config import ConfigError
 from megatron_dynmoe.controllers import Records, initial_mask
 from megatron_dynmoe.mcore.router import DynamicRouter
-from megatron_dynmoe.routing import Routing
+from megatron_dynmoe.routers.routing import Routing
 
 
 class AdaptiveRouter(DynamicRouter):

@@ -13,6 +13,7 @@ from megatron_dynmoe.config import DynMoEConfig
 from megatron_dynmoe.mcore.flex_checks import check_flex
 from megatron_dynmoe.mcore.fp8_config import check_fp8
 from megatron_dynmoe.mcore.refuse import refuse as _refuse
+from megatron_dynmoe.routers.router_config import all_fields
 
 # Megatron options whose stock implementation chooses experts itself: with another router they would be ignored.
 _CHOOSES_EXPERTS = {
@@ -146,7 +147,7 @@ def _check_carry(config: TransformerConfig) -> None:
 def _check_shared_fields(config: TransformerConfig, dynmoe: DynMoEConfig) -> None:
     """A value may be said on either side, but not two different ones."""
     defaults = {f.name: f.default for f in fields(TransformerConfig)}
-    for field in fields(DynMoEConfig):
+    for field in all_fields(DynMoEConfig):
         name = field.metadata.get("megatron")
         if name is None or (name.startswith("fp8_") and dynmoe.fp8_recipe == "none"):
             continue  # of Transformer Engine's recipe, not of ours

@@ -154,7 +154,7 @@ class DynMoELayer(MoELayer):
         It runs between the start and the end of the dispatch. Override to add to it.
         """
         if self.free_experts is not None:
-            self._free = self.free_experts(self._expert_input(hidden_states), self.router.free_weights_TZ)
+            self._free = self.free_experts(self._expert_input(hidden_states), self.router.weights_TZ)
         return super().shared_experts_compute(hidden_states)
 
     def shared_experts_compute(self, hidden_states: Tensor) -> Tensor | None:
@@ -180,7 +180,7 @@ class DynMoELayer(MoELayer):
         if self._defers:
             shared_expert_output, self._local = self._local, None
         elif self.free_experts is not None:
-            self._free = self.free_experts(self._expert_input(hidden), self.router.free_weights_TZ)
+            self._free = self.free_experts(self._expert_input(hidden), self.router.weights_TZ)
         free, self._free = self._free, None
         if isinstance(self.token_dispatcher, VariableKAllToAllDispatcher):
             self.token_dispatcher.onto, free = free, None

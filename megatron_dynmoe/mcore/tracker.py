@@ -9,7 +9,7 @@ from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
 from torch import Tensor
 
 from megatron_dynmoe.metrics import RoutingStats, RoutingSummary, Traffic
-from megatron_dynmoe.routing import Routing
+from megatron_dynmoe.routers.routing import Routing
 
 # Called on every rank at the end of an interval: (iteration, iterations counted, summary, the training loop's sums) ->
 # further scalars.

@@ -12,12 +12,12 @@ import json
 import re
 import shlex
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
 
-from megatron_dynmoe.config import ConfigError, DynMoEConfig, dest_of, flag_of, preset_fields
+from megatron_dynmoe.config import ConfigError, DynMoEConfig, dest_of, flag_of
 from megatron_dynmoe.planning.shapes import Model, PlanError, require
+from megatron_dynmoe.routers.router_config import all_fields
 
 # Those of Megatron's flags that say what memory, rows or time depend on; names and defaults are Megatron's.
 _NUMBERS = {
@@ -81,7 +81,7 @@ def add_model_flags(parser: ArgumentParser) -> None:
     for name in LAYOUT:
         group.add_argument(_flag(name), type=int, default=None)
     group.add_argument("--moe-preset", default=None)
-    for entry in fields(DynMoEConfig):  # unset, the preset's value holds
+    for entry in all_fields(DynMoEConfig):  # unset, the preset's value holds
         kind = (get_args(entry.type) or (entry.type,))[0]  # of `int | None`, int
         reading: dict[str, Any] = {"action": BooleanOptionalAction} if kind is bool else {"type": kind}
         group.add_argument(flag_of(entry.name), dest=dest_of(entry.name), default=None, **reading)
@@ -183,10 +183,10 @@ def model_of(args: Namespace) -> Model:
 
 
 def _routing(args: Namespace) -> DynMoEConfig:
-    given = {entry.name: getattr(args, dest_of(entry.name)) for entry in fields(DynMoEConfig)}
+    given = {entry.name: getattr(args, dest_of(entry.name)) for entry in all_fields(DynMoEConfig)}
     try:
-        values = preset_fields(args.moe_preset) if args.moe_preset else {}
-        return DynMoEConfig(**values | {name: value for name, value in given.items() if value is not None})
+        said = {name: value for name, value in given.items() if value is not None}
+        return DynMoEConfig.from_preset(args.moe_preset, **said) if args.moe_preset else DynMoEConfig(**said)
     except ConfigError as error:
         raise PlanError(str(error)) from None
 

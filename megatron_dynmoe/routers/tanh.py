@@ -9,22 +9,27 @@ from torch import Tensor
 
 from megatron_dynmoe.routers.linear import linear32
 from megatron_dynmoe.routers.registry import register_gate
+from megatron_dynmoe.routers.softmax import ENTROPY, Probabilities
 
 if TYPE_CHECKING:
-    from megatron_dynmoe.config import DynMoEConfig
+    from megatron_dynmoe.routers.router_config import RouterConfig
 
 HIDDEN_PER_EXPERT = 8  # width of the hidden layer (public code, moe_plus_plus_layer.py)
 
 
-def tanh_parameters(config: DynMoEConfig, experts: int, width: int) -> dict[str, Any]:
+def tanh_parameters(config: RouterConfig, experts: int, width: int) -> dict[str, Any]:
     """``hidden_weight`` [8E, D], the first layer; the router's weight is the second, [E, 8E]."""
     return {"hidden_weight": (HIDDEN_PER_EXPERT * experts, width)}
 
 
 @register_gate(
-    "tanh", parameters=tanh_parameters, weight_shape=lambda experts, width: (experts, HIDDEN_PER_EXPERT * experts)
+    "tanh",
+    settings=Probabilities,
+    losses=(ENTROPY,),
+    parameters=tanh_parameters,
+    weight_shape=lambda experts, width: (experts, HIDDEN_PER_EXPERT * experts),
 )
-def tanh_gate(x_TD: Tensor, weight_EH: Tensor, config: DynMoEConfig, parameters: Mapping[str, Tensor]) -> Tensor:
+def tanh_gate(x_TD: Tensor, weight_EH: Tensor, config: RouterConfig, parameters: Mapping[str, Tensor]) -> Tensor:
     """W_2 tanh(W_1 x), without biases, in float32 (public code of Jin et al. 2024, arXiv 2410.07348: moe_2layer_gate).
 
     Args:

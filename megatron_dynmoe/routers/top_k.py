@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from megatron_dynmoe.ranges import COUNT
 from megatron_dynmoe.routers.registry import register_rule
+from megatron_dynmoe.routers.settings import Settings, setting
 
 if TYPE_CHECKING:
-    from megatron_dynmoe.config import DynMoEConfig
+    from megatron_dynmoe.routers.router_config import RouterConfig
 
 
-@register_rule("top-k")
-def top_k_map(scores_TE: Tensor, config: DynMoEConfig) -> Tensor:
+@dataclass(frozen=True, kw_only=True)
+class TopK(Settings):
+    """Settings of rule 'top-k'."""
+
+    topk: int = setting(2, COUNT, megatron="moe_router_topk", exported="num_experts_per_tok")
+    """Experts per token under rule 'top-k'."""
+
+
+@register_rule("top-k", settings=TopK)
+def top_k_map(scores_TE: Tensor, config: RouterConfig) -> Tensor:
     """The ``config.topk`` most probable experts of each token (all of them if there are fewer).
 
     Args:

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from megatron_dynmoe.ranges import Range
 from megatron_dynmoe.routers.registry import register_rule
+from megatron_dynmoe.routers.settings import Settings, setting
 
 if TYPE_CHECKING:
-    from megatron_dynmoe.config import DynMoEConfig
+    from megatron_dynmoe.routers.router_config import RouterConfig
 
 
-@register_rule("top-p")
-def top_p_map(scores_TE: Tensor, config: DynMoEConfig) -> Tensor:
+@dataclass(frozen=True, kw_only=True)
+class TopP(Settings):
+    """Settings of rule 'top-p'."""
+
+    top_p: float = setting(0.4, Range(0, 1), exported="top_p_threshold")
+    """Probability mass p in [0, 1] that a token's experts must exceed under rule 'top-p': 0 keeps the best expert
+    alone, 1 keeps all of them."""
+
+
+@register_rule("top-p", settings=TopP)
+def top_p_map(scores_TE: Tensor, config: RouterConfig) -> Tensor:
     """Experts of each token under top-p routing (Huang et al. 2024, arXiv 2403.07652, eq. 3-4).
 
     In descending order of probability, an expert stays iff the sum of those *before* it is at most p: the expert that

@@ -23,6 +23,7 @@ from megatron_dynmoe.mcore.config import check_config
 from megatron_dynmoe.mcore.fp8_state import then_update_scales
 from megatron_dynmoe.mcore.stages import fix_width
 from megatron_dynmoe.mcore.tracker import RoutingTracker
+from megatron_dynmoe.routers.auxiliary import losses_of
 from megatron_dynmoe.training import fits, nan, report_failure, stop
 from megatron_dynmoe.training.batch import get_embedding_ranks
 from megatron_dynmoe.training.command_line import read_flags
@@ -34,9 +35,6 @@ from megatron_dynmoe.training.model import DynamicGPTModelConfig, layer_spec
 from megatron_dynmoe.training.resume import Resume
 from megatron_dynmoe.training.stacked_experts import check_experts
 from megatron_dynmoe.training.step import LossSums, forward_step
-
-# Losses that Megatron does not know of, by the first part of their name.
-OWN_LOSSES = ("entropy", "diversity", "simplicity", "efficiency")
 
 # (prefix, vocabulary size) -> None; raises ValueError with one sentence if the data cannot be used.
 DataCheck = Callable[[str, int], Any]
@@ -84,7 +82,7 @@ def run(args: Namespace, dynmoe: DynMoEConfig, resumed: Resume | None = None) ->
         free={kind: getattr(dynmoe, f"{kind}_experts") for kind in ("constant", "copy", "zero")},
         copies=1 if args.sequence_parallel else args.tensor_model_parallel_size,
         log_interval=args.log_interval,
-        loss_names=tuple(f"{name}_loss" for name in OWN_LOSSES if getattr(dynmoe, f"{name}_coeff") > 0),
+        loss_names=tuple(loss.name for loss in losses_of(dynmoe)),
         on_interval=partial(log_interval, file, adaptation, IntervalSums()),
         on_step=None if adaptation is None else adaptation.after_step,
     )

@@ -62,7 +62,7 @@ def test_losses_are_those_of_the_other_tokens_alone(dynmoe, tokens):
     padded, weight, active_E = _routed(dynmoe, leaves[0])
     alone, _, _ = _routed(dynmoe, leaves[1])
     count = int(valid_T.sum())
-    found = _losses(padded.only(valid_T), dynmoe, weight, active_E, count)
+    found = _losses(padded.select(valid_T), dynmoe, weight, active_E, count)
     wanted = _losses(alone, dynmoe, weight, active_E, count)
     assert found.keys() == wanted.keys() and "z_loss" in found
     for losses in (found, wanted):
@@ -77,7 +77,7 @@ def test_what_padding_holds_does_not_matter(dynmoe, tokens):
     x_TD, valid_T = tokens
     x_TD = torch.where(valid_T.unsqueeze(-1), x_TD, torch.nan)
     routing, weight, active_E = _routed(dynmoe, x_TD)
-    losses = _losses(routing.only(valid_T), dynmoe, weight, active_E, int(valid_T.sum()))
+    losses = _losses(routing.select(valid_T), dynmoe, weight, active_E, int(valid_T.sum()))
     assert all(loss.isfinite() for loss in losses.values())
 
 

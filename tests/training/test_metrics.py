@@ -24,7 +24,7 @@ def routing(map_TE, free_TZ=None, cut=0, dropped=0):
     """A routing as far as statistics read it."""
     free_TZ = torch.zeros(len(map_TE), 0, dtype=torch.bool) if free_TZ is None else torch.tensor(free_TZ)
     counts = {"cut": torch.tensor(cut), "dropped": torch.tensor(dropped)}
-    return SimpleNamespace(map_TE=torch.as_tensor(map_TE), free_map_TZ=free_TZ, **counts)
+    return SimpleNamespace(map_TE=torch.as_tensor(map_TE), map_TZ=free_TZ, **counts)
 
 
 def test_statistics_by_hand():
