@@ -1,6 +1,6 @@
 """Losses of a short run on two ranks, as they were written down; a change of any of them is a change of behaviour.
 
-    python -m tests.training.test_golden    # writes golden_losses.txt anew: look at the difference before you keep it
+python -m tests.training.test_golden    # writes golden_losses.txt anew: look at the difference before you keep it
 """
 
 import re
