@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "megatron_dynmoe"
 
 LEVELS = [
-    {"presets", "ranges", "errors", "units"},
+    {"presets", "ranges", "errors", "units", "model_shape"},
     {"config"},
     {"routing"},
     {"routers", "dispatch", "experts", "losses", "metrics", "controllers", "planning", "checkpoint"},

@@ -128,12 +128,11 @@ def dense_flops(model: Model, layout: Layout, layers: Sequence[int], *, last: bo
     two products of full attention (Narayanan et al. 2021, arXiv 2104.04473, appendix; Dao 2023, arXiv 2307.08691,
     section 4.1, for the half).
     """
-    matrix = model.matrices * model.width
     per_token = 0.0
     for layer in layers:
         per_token += 2 * model.attention + 2 * model.sequence * model.heads * model.head_width
-        moe = model.experts * model.width + matrix * model.shared_width
-        per_token += 2 * (moe if model.moe[layer] else matrix * model.dense_width)
+        moe = model.router + model.feed_forward(model.shared_width)
+        per_token += 2 * (moe if model.moe[layer] else model.feed_forward(model.dense_width))
     if last:
         per_token += 2 * model.padded_vocabulary(layout.tensor) * model.width
     return layout.tokens(model) * per_token
