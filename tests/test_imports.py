@@ -17,6 +17,7 @@ PACKAGE = "megatron_dynmoe"
 LEVELS = [
     {"presets", "ranges", "errors", "units", "model_shape"},
     {"config"},
+    {"checks"},
     {"routing"},
     {"routers", "dispatch", "experts", "losses", "metrics", "controllers", "planning", "checkpoint"},
     {"mcore"},
@@ -28,7 +29,7 @@ LEVEL = {room: number for number, rooms in enumerate(LEVELS) for room in rooms}
 ASIDE = {"host", "doctor", "demo", "launch", "reference", "__init__"}
 # Who may import ASIDE rooms, and whom those may import.
 ASIDE_IMPORTED_BY = {"host": {"training", "mcore", "hf", "data"}, "launch": {"training"}}
-ASIDE_IMPORTS = {"reference": {"config", "routing"}}
+ASIDE_IMPORTS = {"reference": {"config", "routing"}, "demo": {"checks", "errors"}}
 
 MEGATRON_ROOMS = {"mcore": ("megatron.core",), "training": ("megatron",), "host": ("megatron",)}
 MEGATRON_ROOMS["data"] = ("megatron.core.datasets", "megatron.core.tokenizers")

@@ -28,10 +28,10 @@ from megatron.core.transformer.moe.token_dispatcher import MoEFlexTokenDispatche
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_dynmoe.checks import refuse
 from megatron_dynmoe.config import DynMoEConfig
 from megatron_dynmoe.dispatch.align import align_rows, aligned_sizes, unalign_rows
 from megatron_dynmoe.mcore.flex_checks import NEITHER, check_layout, check_tokens, most_experts, ranks_per_node
-from megatron_dynmoe.mcore.refuse import refuse
 from megatron_dynmoe.mcore.tracker import RoutingTracker
 from megatron_dynmoe.metrics import Traffic
 from megatron_dynmoe.units import weight_bytes, wire_bytes

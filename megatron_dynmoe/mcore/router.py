@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_dynmoe.config import DynMoEConfig
 from megatron_dynmoe.losses import Totals, has_losses, router_losses
-from megatron_dynmoe.mcore.config import balances
+from megatron_dynmoe.mcore.checks import balances
 from megatron_dynmoe.mcore.tracker import RoutingTracker
 from megatron_dynmoe.routers import GATES, RULES, route
 from megatron_dynmoe.routing import Routing

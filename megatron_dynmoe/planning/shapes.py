@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from megatron_dynmoe.checks import divisors
 from megatron_dynmoe.config import DynMoEConfig
 from megatron_dynmoe.errors import UserError
 from megatron_dynmoe.model_shape import ModelShape
@@ -171,10 +172,6 @@ class Layout:
         ]
 
 
-def _divisors(number: int) -> list[int]:
-    return [value for value in range(1, number + 1) if number % value == 0]
-
-
 def _micro_batches(model: Model, world: int, tensor: int, pipeline: int) -> int:
     """Micro-batches of a step; 0 if the batch does not divide."""
     per_round = model.micro_batch * (world // (tensor * pipeline))
@@ -189,11 +186,11 @@ def layouts(model: Model, cluster: Cluster) -> Iterator[Layout]:
     """
     dense_width = 0 if all(model.moe) else model.dense_width
     split = math.gcd(model.heads, model.query_groups, model.sequence, dense_width, model.shared_width)
-    for tensor in _divisors(math.gcd(split, cluster.gpus)):
-        for pipeline in _divisors(math.gcd(model.layers, cluster.world // tensor)):
+    for tensor in divisors(math.gcd(split, cluster.gpus)):
+        for pipeline in divisors(math.gcd(model.layers, cluster.world // tensor)):
             count = _micro_batches(model, cluster.world, tensor, pipeline)
             if not count:
                 continue
             data = cluster.world // (tensor * pipeline)
-            for expert in _divisors(math.gcd(model.experts, tensor * data)):
+            for expert in divisors(math.gcd(model.experts, tensor * data)):
                 yield Layout(tensor=tensor, pipeline=pipeline, expert=expert, data=data, micro_batches=count)
