@@ -17,7 +17,7 @@ LEVELS = [
     {"presets", "ranges", "errors", "units", "losses"},
     {"routers"},
     {"config", "routing"},
-    {"dispatch", "experts", "metrics", "controllers", "planning", "checkpoint"},
+    {"dispatch", "experts", "metrics", "planning", "checkpoint"},
     {"mcore"},
     {"training", "hf", "data", "report"},
 ]
