@@ -19,7 +19,7 @@ LEVELS = [
     {"config", "plugins"},
     {"checks"},
     {"routing"},
-    {"dispatch", "experts", "metrics", "controllers", "planning", "checkpoint"},
+    {"dispatch", "experts", "metrics", "planning", "checkpoint"},
     {"mcore"},
     {"training", "hf", "data", "report"},
 ]

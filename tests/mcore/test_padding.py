@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from megatron_dynmoe.config import DynMoEConfig
-from megatron_dynmoe.controllers import Records
 from megatron_dynmoe.losses import Totals, router_losses
 from megatron_dynmoe.metrics import RoutingStats
 from megatron_dynmoe.presets import PRESETS
 from megatron_dynmoe.routers import GATES, RULES, route
+from megatron_dynmoe.routers.adaptation import Records
 from tests import ranks
 
 T, D, E = 40, 16, 6
