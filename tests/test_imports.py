@@ -16,7 +16,7 @@ PACKAGE = "megatron_dynmoe"
 LEVELS = [
     {"presets", "ranges", "errors", "units", "losses"},
     {"routers"},
-    {"config", "routing"},
+    {"config", "routing", "plugins"},
     {"dispatch", "experts", "metrics", "controllers", "planning", "checkpoint"},
     {"mcore"},
     {"training", "hf", "data", "report"},

@@ -52,6 +52,14 @@ def add_dynmoe_args(parser: ArgumentParser) -> ArgumentParser:
         help="Settings of a published system; flags given beside it win.",
     )
     group.add_argument(
+        "--moe-plugin",
+        action="extend",
+        nargs="+",
+        default=None,
+        metavar="PACKAGE.MODULE",
+        help="Import these modules, which register methods; installed plug-ins are found without.",
+    )
+    group.add_argument(
         "--moe-metrics-file",
         default=None,
         help="Append one JSON object a log interval and one an evaluation to this file.",
