@@ -188,6 +188,6 @@ def _enter(registry: dict[str, Any], kind: str, name: str, method: Method) -> No
     registry[name] = method
 
 
-def fields_of(method: Method) -> list[Field]:
+def fields_of(method: Method) -> tuple[Field, ...]:
     """The dataclass fields of a method's settings."""
-    return [] if method.settings is None else typed_fields(method.settings)
+    return () if method.settings is None else typed_fields(method.settings)
