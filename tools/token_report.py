@@ -178,10 +178,10 @@ def window_of(asked: int | None, config: Any) -> int:
 
 def rule_in_words(config: Any) -> str:
     """How the model chooses experts, such as ``top-p, p = 0.4``."""
-    words = {
-        "top-p": f"top-p, p = {config.top_p_threshold:g}",
-        "top-k": f"top-k, k = {config.num_experts_per_tok}",
-    }.get(config.router_rule, config.router_rule)
+    words = config.router_rule
+    for rule, field, letter in (("top-p", "top_p_threshold", "p"), ("top-k", "num_experts_per_tok", "k")):
+        if words == rule:
+            words = f"{rule}, {letter} = {getattr(config, field):g}"
     gate = getattr(config, "router_gate", "softmax")
     cap = config.max_experts_per_token
     free = {kind: getattr(config, f"{kind}_experts", None) or 0 for kind in FREE_KINDS}

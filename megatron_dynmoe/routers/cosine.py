@@ -36,10 +36,10 @@ class Cosine(Settings):
     train_cosine_scale: bool = setting(False, exported="trained_cosine_scale")
     """Train that scale."""
 
-    diversity_coeff: float = setting(0.0, COEFFICIENT)
+    diversity_coeff: float = setting(0.0, COEFFICIENT, training=True)
     """Weight of the diversity loss, which keeps the embeddings of active experts apart (gate 'cosine')."""
 
-    simplicity_coeff: float = setting(0.0, COEFFICIENT)
+    simplicity_coeff: float = setting(0.0, COEFFICIENT, training=True)
     """Weight of the simplicity loss, which keeps the embeddings of active experts short (gate 'cosine')."""
 
 

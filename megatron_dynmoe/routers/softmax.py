@@ -17,7 +17,7 @@ from megatron_dynmoe.routers.settings import Settings, setting
 class Probabilities(Settings):
     """Settings of gates whose scores are probabilities."""
 
-    entropy_coeff: float = setting(0.0, COEFFICIENT)
+    entropy_coeff: float = setting(0.0, COEFFICIENT, training=True)
     """Weight beta of the entropy ('dynamic') loss, which keeps a top-p router from flat distributions."""
 
 
