@@ -84,7 +84,7 @@ def infer(site: Path, argv: list[str], tokens: Path, out: Path) -> int:
 def flags(name: str, layout: str, folder: Path) -> list[str]:
     places = {"save": "saved", "load": "saved", "moe-metrics-file": "metrics.jsonl"}
     words = [word for flag, place in places.items() for word in (f"--{flag}", str(folder / place))]
-    return [*STOCK, *METHODS[name], *LAYOUTS[layout][1].split(), *words]
+    return [*STOCK, *METHODS[name], *LAYOUTS[layout][1].split(), *words, "--save-interval", "100"]
 
 
 def run(site: Path, name: str, layout: str, folder: Path, until: int) -> None:
