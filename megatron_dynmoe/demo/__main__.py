@@ -28,6 +28,7 @@ from megatron_dynmoe.demo.steps import (
     training_steps,
 )
 from megatron_dynmoe.demo.summary import sample_of, summarize, table
+from megatron_dynmoe.errors import UserError
 
 MARK = ".megatron_dynmoe_demo"  # a folder that holds this file is the demo's own, to be emptied
 
@@ -44,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     again = f"`python -m megatron_dynmoe.demo --continue --output {options.output}` goes on from here"
     try:
         demo(options.output.absolute(), go_on=options.go_on, ranks=options.ranks, preset=options.preset)
-    except DemoError as error:
+    except UserError as error:
         print(f"\ndemo: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_dynmoe.config import ConfigError
 from megatron_dynmoe.controllers import Records, initial_mask
 from megatron_dynmoe.mcore.router import DynamicRouter
 from megatron_dynmoe.routers.routing import Routing
@@ -19,9 +18,6 @@ class AdaptiveRouter(DynamicRouter):
     In the checkpoint: the mask, the records, and ``schedule`` (training iterations seen, whether they are being
     recorded).  What one rank has recorded since the last training step is not: it is summed over all ranks that hold
     the router, and added to the records, after each step (:mod:`megatron_dynmoe.mcore.adaptation`).
-
-    Raises:
-        ConfigError: more experts are to be active at the start than there are slots.
     """
 
     experts_mask: Tensor
@@ -30,10 +26,7 @@ class AdaptiveRouter(DynamicRouter):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         slots, width = self.weight.shape
-        initial = self.dynmoe.initial_experts
-        if initial is not None and initial > slots:
-            raise ConfigError(f"--moe-initial-experts is {initial}; accepted: at most --num-experts, which is {slots}.")
-        self.register_buffer("experts_mask", initial_mask(slots, initial))
+        self.register_buffer("experts_mask", initial_mask(slots, self.dynmoe.initial_experts))
         buckets = 1 if self.dynmoe.max_added_experts == 1 else slots
         for prefix, persistent in (("recorded", True), ("step", False)):
             empty = Records.empty(slots, width, buckets=buckets)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_dynmoe.config import DynMoEConfig
 from megatron_dynmoe.losses import Totals
-from megatron_dynmoe.mcore.config import balances
+from megatron_dynmoe.mcore.checks import balances
 from megatron_dynmoe.mcore.tracker import RoutingTracker
 from megatron_dynmoe.routers import GATES, RULES, route
 from megatron_dynmoe.routers.auxiliary import losses_of, router_losses

@@ -22,37 +22,15 @@ from torch import Tensor
 
 from megatron_dynmoe.mcore.adaptation import ExpertAdaptation
 from megatron_dynmoe.mcore.tracker import RoutingTracker
-from megatron_dynmoe.metrics import ModelShape, RoutingSummary
+from megatron_dynmoe.metrics import RoutingSummary
+from megatron_dynmoe.model_shape import ModelShape
 from megatron_dynmoe.training.interval import IntervalSums
 from megatron_dynmoe.training.step import LossSums
 
 
 def model_shape(args: Namespace) -> ModelShape:
     """The shape of the model that Megatron's parsed flags describe."""
-    freq = args.moe_layer_freq
-    moe = [int(i % freq == 0) for i in range(args.num_layers)] if isinstance(freq, int) else list(freq)
-    mtp_layers = args.mtp_num_layers or 0
-    if mtp_layers and args.mtp_use_repeated_layer:
-        mtp_layers = 1
-    moe += moe[-1:] * mtp_layers  # they are as the decoder's last layer
-    return ModelShape(
-        layers=args.num_layers + mtp_layers,
-        moe_layers=sum(moe) if args.num_experts else 0,
-        width=args.hidden_size,
-        heads=args.num_attention_heads,
-        head_width=args.kv_channels or args.hidden_size // args.num_attention_heads,
-        query_groups=args.num_query_groups if args.group_query_attention else args.num_attention_heads,
-        dense_width=args.ffn_hidden_size,
-        expert_width=args.moe_ffn_hidden_size or args.ffn_hidden_size,
-        experts=args.num_experts or 0,
-        shared_width=args.moe_shared_expert_intermediate_size or 0,
-        vocabulary=args.padded_vocab_size,
-        mtp_layers=mtp_layers,
-        router_extra=router_extra(args),
-        gated=args.swiglu,
-        tied=not args.untie_embeddings_and_output_weights,
-        query_key_norms=args.qk_layernorm,
-    )
+    return ModelShape.from_args(args, vocabulary=args.padded_vocab_size, router_extra=router_extra(args))
 
 
 def router_extra(args: Namespace) -> int:

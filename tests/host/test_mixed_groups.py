@@ -11,7 +11,7 @@ from torch.nn import Parameter
 from megatron_dynmoe import host
 from megatron_dynmoe.config import ConfigError, DynMoEConfig
 from megatron_dynmoe.mcore.adaptation import ExpertAdaptation
-from megatron_dynmoe.mcore.config import check_config
+from megatron_dynmoe.mcore.checks import check_config
 from megatron_dynmoe.mcore.slots import Slice, check_optimizer, write
 from tests import ranks
 from tests.layouts import LAYOUTS, read_metrics, read_scalars
