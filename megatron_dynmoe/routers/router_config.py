@@ -28,14 +28,10 @@ class RouterConfig(Checked):
     """
 
     gate: str = "softmax"
-    """Gate: how hidden states become scores, in float32. 'softmax': a linear map, then softmax over the experts;
-    'tanh': two linear maps with tanh between, then softmax (the released MoE++); 'cosine': the sigmoid of the scaled
-    cosine with each expert's embedding (DynMoE)."""
+    """Gate: how hidden states become scores, in float32."""
 
     rule: str = "top-p"
-    """Rule: which experts a token visits. 'top-p': the smallest set whose probability exceeds --moe-top-p
-    (Dynamic MoE); 'top-k': the --moe-router-topk most probable (Switch with 1, GShard with 2); 'top-any': all whose
-    score passes their own learned threshold, perhaps none (DynMoE; needs gate 'cosine')."""
+    """Rule: which experts a token visits."""
 
     max_experts_per_token: int | None = setting(None, COUNT._replace(optional=True))
     """Upper bound on the experts of one token, under every rule; the most probable stay. Unset: no bound."""
@@ -53,8 +49,7 @@ class RouterConfig(Checked):
     probabilities."""
 
     load_balance_coeff: float = setting(0.0, COEFFICIENT, megatron="moe_aux_loss_coeff", training=True)
-    """Weight alpha of the load-balance loss; --moe-router-load-balancing-type none turns it off. Under rule 'top-any'
-    its gradient goes through the division by a token's number of experts, as in DynMoE's public code."""
+    """Weight alpha of the load-balance loss; --moe-router-load-balancing-type none turns it off."""
 
     z_loss_coeff: float | None = setting(
         None, COEFFICIENT._replace(optional=True), megatron="moe_z_loss_coeff", training=True
@@ -137,6 +132,15 @@ class RouterConfig(Checked):
         fits = self.zero_experts > 0 and GATES[self.gate].probabilities
         wanted = "off, or --moe-zero-experts and a gate whose scores are probabilities"
         self.require("drop_zero_weight", fits or not self.drop_zero_weight, wanted)
+
+    def check_columns(self, experts: int) -> None:
+        """What gate and rule want of a layer with so many FFN experts.
+
+        Raises:
+            ConfigError: a setting that these experts cannot serve.
+        """
+        for settings in self.settings:
+            settings.check_columns(self, experts)
 
     def __getattr__(self, name: str) -> Any:
         if not name.startswith("_"):

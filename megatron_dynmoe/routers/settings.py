@@ -26,6 +26,7 @@ def setting(
     megatron: str | None = None,
     exported: str | None = None,
     training: bool = False,
+    symbol: str | None = None,
 ) -> Any:
     """A field of a :class:`Settings` dataclass.
 
@@ -36,9 +37,11 @@ def setting(
         exported: its name in an export's ``config.json``, if that is another one.
         training: it acts while training alone (a loss, a schedule, a bound, a place), so a resumed run may change it.
             The others decide what the model computes: a resumed run that changes one is refused.
+        symbol: how papers write it; a setting that has one is named in reports of a model.
     """
     names = accepts if accepts is None or isinstance(accepts, Range) else list(accepts)
     said = {"accepts": names, "megatron": megatron, "exported": exported, "training": training}
+    said["symbol"] = symbol
     return dataclasses.field(default=default, metadata=said)
 
 
@@ -80,6 +83,9 @@ class Settings(Checked):
 
     def check_router(self, config: Any) -> None:
         """What the router's other settings must be for these; the same."""
+
+    def check_columns(self, config: Any, experts: int) -> None:
+        """What a layer with so many FFN experts must be for these; the same."""
 
 
 def refuse(field: dataclasses.Field, value: Any, wanted: str) -> NoReturn:
