@@ -43,7 +43,7 @@ def _kept(routing: DynMoEConfig, columns: int, width: int, itemsize: int, tokens
     previous_TC = torch.zeros(tokens, columns, requires_grad=True) if routing.gating_residual else None
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         found = route(x_TD, weight, routing, parameters=parameters, previous_TC=previous_TC)
-        totals = Totals(found.map_TC.sum(dim=0).float(), *torch.full((2,), float(tokens)), ranks=1)
+        totals = Totals(found.map_TC.sum(dim=0).float(), torch.tensor(tokens), torch.tensor(tokens), ranks=1)
         router_losses(Routed(found, routing, totals, weight, parameters))
     own = {value.untyped_storage()._cdata for value in (weight, *parameters.values())}
     return sum(storage.nbytes() for key, storage in storages.items() if key not in own)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from functools import cache
-from typing import Any, NoReturn, get_type_hints
+from typing import Any, NoReturn, cast, get_type_hints
 
 from megatron_dynmoe.errors import ConfigError
 from megatron_dynmoe.ranges import Range
@@ -93,9 +93,13 @@ def refuse(field: dataclasses.Field, value: Any, wanted: str) -> NoReturn:
     raise ConfigError(f"{flag_of_field(field)} ({OWNER}.{field.name}) is {value!r}; accepted: {wanted}.")
 
 
-@cache
 def typed_fields(kind: type) -> tuple[dataclasses.Field, ...]:
     """The fields of a dataclass, their types resolved where the module defers annotations."""
+    return _typed_fields(cast(Hashable, kind))
+
+
+@cache
+def _typed_fields(kind: Any) -> tuple[dataclasses.Field, ...]:
     hints = get_type_hints(kind)
     found = [copy.copy(field) for field in dataclasses.fields(kind)]
     for field in found:

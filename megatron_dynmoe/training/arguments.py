@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping
 from dataclasses import Field
 from typing import Any
 
@@ -16,7 +17,7 @@ from megatron.training.argument_utils import ArgumentGroupFactory
 from megatron_dynmoe.checks import check_division
 from megatron_dynmoe.config import PRESETS, ConfigError, DynMoEConfig, dest_of, flag_of, preset_fields, without_unread
 from megatron_dynmoe.routers import GATES, RULES
-from megatron_dynmoe.routers.registry import methods
+from megatron_dynmoe.routers.registry import Method, methods
 from megatron_dynmoe.routers.router_config import all_fields
 from megatron_dynmoe.routers.settings import typed_fields
 from megatron_dynmoe.training.resume import add_resume_args
@@ -31,11 +32,12 @@ class _DynMoEFlags(ArgumentGroupFactory):
         kwargs |= {"arg_names": [flag_of(attribute.name)], "dest": dest_of(attribute.name)}
         if typed[attribute.name].type is bool:
             kwargs["action"] = argparse.BooleanOptionalAction
-        registry = {"gate": GATES, "rule": RULES}.get(attribute.name)
-        accepts = attribute.metadata.get("accepts") if registry is None else list(registry)
+        registries: dict[str, Mapping[str, Method]] = {"gate": GATES, "rule": RULES}
+        registry = registries.get(attribute.name, {})
+        accepts = list(registry) or attribute.metadata.get("accepts")
         if isinstance(accepts, list):
             kwargs["metavar"] = "{" + ",".join(accepts) + "}"
-        for name, method in (registry or {}).items():
+        for name, method in registry.items():
             kwargs["help"] += f" '{name}': {method.about}"
         kwargs["help"] = kwargs["help"].replace("%", "%%") + f" Default: {attribute.default}."
         return kwargs
