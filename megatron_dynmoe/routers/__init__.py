@@ -6,8 +6,8 @@ The order of the imports is the order in which ``--help`` lists gates, rules and
 """
 
 from megatron_dynmoe.routers.registry import GATES, PRESETS, RULES, register_gate, register_preset, register_rule  # isort: skip
-from megatron_dynmoe.routers import softmax, tanh, cosine  # noqa: F401  (imported to register)  # isort: skip
-from megatron_dynmoe.routers import top_p, top_k, top_any  # noqa: F401  # isort: skip
+from megatron_dynmoe.routers import softmax, sigmoid, tanh, cosine  # noqa: F401  (imported to register)  # isort: skip
+from megatron_dynmoe.routers import top_p, top_k, top_any, threshold  # noqa: F401  # isort: skip
 from megatron_dynmoe.routers.route import finish_weights, route
 
 __all__ = ["GATES", "PRESETS", "RULES", "finish_weights", "register_gate", "register_preset", "register_rule", "route"]
