@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import Field, dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 # their shape, to be filled as the model's weights are.
 Parameters = Callable[["RouterConfig", int, int], dict[str, Any]]
 NONE: Mapping[str, Tensor] = MappingProxyType({})
+Function = TypeVar("Function", bound=Callable)  # this file runs beside exported weights, with Python 3.10 too
 
 
 def softmax_over_experts(logits_TE: Tensor) -> Tensor:
@@ -159,7 +160,7 @@ def methods() -> Iterator[tuple[str, str, Method]]:
         yield from ((kind, name, method) for name, method in registry.items())
 
 
-def register_gate[Function: Callable](name: str, **traits: Any) -> Callable[[Function], Function]:
+def register_gate(name: str, **traits: Any) -> Callable[[Function], Function]:
     """Decorator: make a gate known as ``--moe-gate name``; ``traits`` are fields of :class:`Gate`.
 
     Raises ValueError if the name is taken, or one of its settings means something else elsewhere.
@@ -172,7 +173,7 @@ def register_gate[Function: Callable](name: str, **traits: Any) -> Callable[[Fun
     return add
 
 
-def register_rule[Function: Callable](name: str, **traits: Any) -> Callable[[Function], Function]:
+def register_rule(name: str, **traits: Any) -> Callable[[Function], Function]:
     """Decorator: make a rule known as ``--moe-rule name``; ``traits`` are fields of :class:`Rule`.
 
     Raises ValueError if the name is taken, or one of its settings means something else elsewhere.

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import Field, dataclass, fields, replace
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
 
 from megatron_dynmoe.ranges import COEFFICIENT, COUNT, EXPERTS, MOST_EXPERTS, SCALE, SMALL, Range
 from megatron_dynmoe.routers.registry import GATES, RULES, Method, fields_of, methods
 from megatron_dynmoe.routers.settings import Checked, ConfigError, Settings, refuse, setting, typed_fields
+
+if TYPE_CHECKING:
+    from typing import Self
 
 
 @dataclass(frozen=True, kw_only=True, init=False)
@@ -27,10 +30,10 @@ class RouterConfig(Checked):
         TypeError: a name that nothing has.
     """
 
-    gate: str = "softmax"
+    gate: str = setting("softmax", exported="router_gate")
     """Gate: how hidden states become scores, in float32."""
 
-    rule: str = "top-p"
+    rule: str = setting("top-p", exported="router_rule")
     """Rule: which experts a token visits."""
 
     max_experts_per_token: int | None = setting(None, COUNT._replace(optional=True))
@@ -44,7 +47,7 @@ class RouterConfig(Checked):
     max_rows_per_token: float | None = setting(None, Range(1, MOST_EXPERTS, optional=True), training=True)
     """The same bound as a multiple of the rank's token count; with both, the smaller one holds."""
 
-    normalize_weights: bool = setting(False)
+    normalize_weights: bool = setting(False, exported="normalize_router_weights")
     """Divide the weights of a token's experts by their sum (GShard). Dynamic MoE and Switch use the raw
     probabilities."""
 
@@ -181,6 +184,17 @@ def all_fields(kind: type[RouterConfig]) -> list[Field]:
     return list(found.values())
 
 
+def exported_fields(*chosen: Method, own: bool = False) -> dict[str, Field]:
+    """What an export is set by, by the names of its ``config.json``; what acts while training alone is not in it.
+
+    Args:
+        chosen: gate and rule.
+        own: the fields of the configuration, too.
+    """
+    found = [*(own_fields(RouterConfig) if own else ()), *(field for method in chosen for field in fields_of(method))]
+    return {f.metadata["exported"] or f.name: f for f in found if not f.metadata["training"]}
+
+
 def _refuse_the_others(config: RouterConfig, values: dict[str, Any]) -> None:
     """What is left of ``values`` belongs to methods that are not chosen, where it may only be the default."""
     for name, value in values.items():
@@ -194,4 +208,4 @@ def _refuse_the_others(config: RouterConfig, values: dict[str, Any]) -> None:
             refuse(readers[0][2], value, wanted)
 
 
-__all__ = ["ConfigError", "RouterConfig", "all_fields", "own_fields"]
+__all__ = ["ConfigError", "RouterConfig", "all_fields", "exported_fields", "own_fields"]
