@@ -19,7 +19,7 @@ LEVELS = [
     {"config"},
     {"checks"},
     {"routing", "plugins"},
-    {"dispatch", "experts", "metrics", "controllers", "planning", "checkpoint"},
+    {"dispatch", "experts", "metrics", "planning", "checkpoint"},
     {"mcore"},
     {"training", "hf", "data", "report"},
 ]

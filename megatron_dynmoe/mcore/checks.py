@@ -179,9 +179,9 @@ def _check_capture(config: TransformerConfig, dynmoe: DynMoEConfig) -> None:
 def _check_captured_router(modules: list[str], dynmoe: DynMoEConfig) -> None:
     beside = {
         "zero-computation experts": bool(dynmoe.zero_computation_experts),
-        "--moe-adaptive-experts": dynmoe.adaptive_experts,
         "--moe-residual": dynmoe.residual,
     }
+    beside |= {kind.flag or f"the controller {kind.__name__}": True for kind in dynmoe.controllers}
     for what, wanted in beside.items():
         if wanted:
             reason = f"a replayed graph runs nothing of what {what} does beside the router"

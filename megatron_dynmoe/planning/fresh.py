@@ -27,7 +27,12 @@ DRAWING = Lock()  # several models may be planned at once, and torch's generator
 
 def fresh_k(model: Model) -> float:
     """Mean FFN experts a token visits at the start of training."""
-    return _bounded(model, active=model.routing.initial_experts or model.experts)
+    active = model.experts
+    for kind in model.routing.controllers:
+        controller = kind(model.routing, model.columns, model.width)
+        mask_E = controller.active({name: torch.as_tensor(value) for name, value in controller.state().items()})
+        active = active if mask_E is None else int(mask_E.sum())
+    return _bounded(model, active=active)
 
 
 def fullest_k(model: Model) -> float:

@@ -10,7 +10,8 @@ from dataclasses import Field, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from megatron_dynmoe.ranges import COEFFICIENT, COUNT, EXPERTS, MOST_EXPERTS, SCALE, SMALL, Range
-from megatron_dynmoe.routers.registry import GATES, RULES, Method, fields_of, methods
+from megatron_dynmoe.routers.controller import Controller
+from megatron_dynmoe.routers.registry import GATES, RULES, Gate, Method, Rule, fields_of, methods
 from megatron_dynmoe.routers.settings import Checked, ConfigError, Settings, refuse, setting, typed_fields
 
 if TYPE_CHECKING:
@@ -116,9 +117,20 @@ class RouterConfig(Checked):
             yield replace(before[kind], **said) if kind in before else kind(**said)
 
     @property
-    def methods(self) -> tuple[Method, Method]:
+    def methods(self) -> tuple[Gate, Rule]:
         """Gate and rule."""
         return GATES[self.gate], RULES[self.rule]
+
+    @property
+    def controllers(self) -> list[type[Controller]]:
+        """Those of gate and rule that this configuration wants."""
+        kinds = (method.controller for method in self.methods)
+        return [kind for kind in dict.fromkeys(kinds) if kind is not None and kind.wanted(self)]
+
+    @property
+    def moving(self) -> set[str]:
+        """Names of settings that a controller moves."""
+        return {name for kind in self.controllers for name in kind.sets}
 
     @property
     def zero_computation_experts(self) -> int:

@@ -20,7 +20,7 @@ from megatron.training import get_args, get_timers, is_last_rank
 from megatron.training.training import num_floating_point_operations
 from torch import Tensor
 
-from megatron_dynmoe.mcore.adaptation import ExpertAdaptation
+from megatron_dynmoe.mcore.controllers import Driver
 from megatron_dynmoe.mcore.tracker import RoutingTracker
 from megatron_dynmoe.metrics import RoutingSummary
 from megatron_dynmoe.model_shape import ModelShape
@@ -71,7 +71,7 @@ class MetricsFile:
 
 def log_interval(
     file: MetricsFile,
-    adaptation: ExpertAdaptation | None,
+    driver: Driver,
     interval: IntervalSums,
     iteration: int,
     iterations: int,
@@ -82,7 +82,7 @@ def log_interval(
 
     Args:
         file: where records go.
-        adaptation: of a model whose number of experts adapts.
+        driver: of the model's controllers.
         interval: of this run.
         iteration: the iteration that ended the interval.
         iterations: how many the summary counts.
@@ -109,12 +109,12 @@ def log_interval(
         "tokens_per_second": args.global_batch_size * args.seq_length / seconds,
         "routed_TFLOP/s/GPU": flops / seconds / args.world_size / 1e12,
     }
-    about_experts = {} if adaptation is None else log_experts(adaptation, scalars)
+    by_layer = log_routers(driver, scalars)
     record = {"iteration": iteration, "seconds_per_iteration": seconds} | summary.scalars() | scalars
     record["experts_per_token_by_layer"] = summary.experts_per_token_by_layer
     record["unrouted_tokens_by_layer"] = summary.unrouted_by_layer
     record["free_tokens_by_layer"] = summary.free_by_layer
-    record |= about_experts
+    record |= by_layer
     for name, value in own.items():
         if name.endswith("loss"):
             record[name.replace(" ", "_")] = value / max(advanced, 1)
@@ -137,29 +137,31 @@ def mtp_losses(sums: dict[str, Any]) -> dict[str, Tensor]:
     return {name: sums.get(name, 0) + value for layer, value in enumerate(values, 1) for name in [f"mtp_{layer} loss"]}
 
 
-def log_experts(adaptation: ExpertAdaptation, scalars: dict[str, float]) -> dict[str, Any]:
-    """Print what was added and removed since the last call; every rank calls it.
+def log_routers(driver: Driver, scalars: dict[str, float]) -> dict[str, Any]:
+    """What controllers and methods say of the routers; every rank calls it.
 
     Args:
-        adaptation: of the model.
+        driver: of the model's controllers; what they did since the last call is printed.
         scalars: gets the means over layers.
 
     Returns:
-        per layer, for the metrics file: active experts, the least, mean and greatest threshold, changes.
+        for the metrics file: every value by layer, and what was done.
     """
-    events, layers = adaptation.state_of_all_stages()
+    if not driver.reports():
+        return {}
+    events, layers = driver.report()
+    record: dict[str, Any] = {}
+    for name in dict.fromkeys(name for about in layers.values() for name in about):
+        values = {layer: about[name] for layer, about in layers.items() if name in about}
+        if not any(isinstance(value, list) for value in values.values()):
+            scalars[name] = sum(values.values()) / len(values)
+        record[f"{name}_by_layer"] = values
+    for field in filter(None, (kind.events for kind in driver.kinds)):
+        record[field] = [asdict(event) for event in events]
     if is_last_rank():
         for event in events:
-            print(f" [experts] iteration {event.iteration}: {event}", flush=True)
-    scalars["active_experts"] = sum(about["active"] for about in layers.values()) / max(len(layers), 1)
-    scalars["threshold"] = sum(about["threshold"] for about in layers.values()) / max(len(layers), 1)
-    return {
-        "active_experts_by_layer": {layer: about["active"] for layer, about in layers.items()},
-        "thresholds_by_layer": {
-            layer: [about[name] for name in ("least", "threshold", "most")] for layer, about in layers.items()
-        },
-        "expert_changes": [asdict(event) for event in events],
-    }
+            print(f" {event}", flush=True)
+    return record
 
 
 def log_evaluation(file: MetricsFile, tracker: RoutingTracker, losses: LossSums) -> None:
