@@ -39,9 +39,9 @@ def test_help(tried):
     code, text = tried["help"]
     assert code == 0
     assert "--moe-top-p" in text and "--tensor-model-parallel-size" in text
-    said = " ".join(text.split())
+    said = "".join(text.split())  # argparse breaks lines at hyphens, too
     for _, name, method in methods():  # each says for itself what it is
-        assert method.about and f"'{name}': {method.about.replace('%', '%%')}" in said
+        assert method.about and "".join(f"'{name}': {method.about}".split()) in said
     for names in (GATES, RULES, PRESETS):
         assert "{" + ",".join(names) + "}" in text
     assert "100%" in text and "100%%" not in text  # percent signs that megatron escaped stay one
