@@ -29,6 +29,7 @@ class RouterConfig(Checked):
     Raises:
         ConfigError: a value that is not accepted, an unknown method, or a setting that nobody reads.
         TypeError: a name that nothing has.
+        ValueError: a method's setting has the name of a field below.
     """
 
     gate: str = setting("softmax", exported="router_gate")
@@ -113,6 +114,8 @@ class RouterConfig(Checked):
         """Settings of gate and rule: of ``given`` where they fit, with what ``values`` says on top; it is taken out."""
         before = {type(settings): settings for settings in given}
         for kind in dict.fromkeys(m.settings for m in self.methods if m.settings is not None):
+            if taken := {field.name for field in fields(kind)} & self.__dict__.keys():
+                raise ValueError(f"{kind.__name__} has a setting {min(taken)!r}, which every router has already.")
             said = {field.name: values.pop(field.name) for field in fields(kind) if field.name in values}
             yield replace(before[kind], **said) if kind in before else kind(**said)
 

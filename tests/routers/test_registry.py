@@ -59,6 +59,22 @@ def test_a_name_is_taken_once():
     assert "other" not in RULES
 
 
+def test_a_setting_that_every_router_has_is_not_a_methods():
+    @dataclass(frozen=True, kw_only=True)
+    class Clash(Settings):
+        """Its tau would never be read."""
+
+        tau: float = setting(0.1)
+        """Another."""
+
+    register_rule("clash", settings=Clash)(lambda scores, config: scores > 0)
+    try:
+        with pytest.raises(ValueError, match="Clash has a setting 'tau', which every router has"):
+            DynMoEConfig(rule="clash", tau=0.5)
+    finally:
+        del RULES["clash"]
+
+
 def test_every_method_and_setting_says_what_it_is():
     for _, name, method in methods():
         assert 10 < len(method.about) < 120 and method.about.endswith("."), name
