@@ -16,9 +16,9 @@ PACKAGE = "megatron_dynmoe"
 LEVELS = [
     {"presets", "ranges", "errors", "units", "losses", "model_shape"},
     {"routers"},
-    {"config", "plugins"},
+    {"config"},
     {"checks"},
-    {"routing"},
+    {"routing", "plugins"},
     {"dispatch", "experts", "metrics", "planning", "checkpoint"},
     {"mcore"},
     {"training", "hf", "data", "report"},

@@ -176,13 +176,22 @@ def window_of(asked: int | None, config: Any) -> int:
     return asked or most
 
 
+def method_in_words(kind: str, name: str, config: Any) -> str:
+    """A gate or rule with those of its settings that papers have a letter for, such as ``top-p, p = 0.4``."""
+    from megatron_dynmoe.routers.registry import fields_of, methods
+
+    parts = [name]
+    for field in (f for k, n, method in methods() if (k, n) == (kind, name) for f in fields_of(method)):
+        value = getattr(config, field.metadata.get("exported") or field.name, None)
+        if field.metadata.get("symbol") and value is not None:
+            parts.append(f"{field.metadata['symbol']} = {value:g}")
+    return ", ".join(parts)
+
+
 def rule_in_words(config: Any) -> str:
-    """How the model chooses experts, such as ``top-p, p = 0.4``."""
-    words = config.router_rule
-    for rule, field, letter in (("top-p", "top_p_threshold", "p"), ("top-k", "num_experts_per_tok", "k")):
-        if words == rule:
-            words = f"{rule}, {letter} = {getattr(config, field):g}"
-    gate = getattr(config, "router_gate", "softmax")
+    """How the model chooses experts."""
+    words = method_in_words("rule", config.router_rule, config)
+    gate = method_in_words("gate", getattr(config, "router_gate", "softmax"), config)
     cap = config.max_experts_per_token
     free = {kind: getattr(config, f"{kind}_experts", None) or 0 for kind in FREE_KINDS}
     parts = [f"rule {words}", f"gate {gate}"]

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from megatron_dynmoe.presets import PRESETS
+from megatron_dynmoe.config import PRESETS
 from tests import ranks
 from tests.te import fp8_layers
 from tests.te.runs import MODELS, RANKS, SCALARS, command, make_data, train
