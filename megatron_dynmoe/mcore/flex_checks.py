@@ -19,8 +19,8 @@ import torch.distributed as dist
 from megatron.core.transformer.moe import token_dispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_dynmoe.checks import refuse
 from megatron_dynmoe.config import DynMoEConfig
-from megatron_dynmoe.mcore.refuse import refuse
 
 NEITHER = "choose another, or set --moe-token-dispatcher-type alltoall"
 DTYPES = (torch.bfloat16,)  # the tests' stand-in also moves float32

@@ -9,13 +9,13 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
-from megatron.core.transformer.moe.router import Router
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_dynmoe.config import DynMoEConfig
 from megatron_dynmoe.losses import Totals
-from megatron_dynmoe.mcore.config import balances
+from megatron_dynmoe.mcore.checks import balances
+from megatron_dynmoe.mcore.controlled import ControlledRouter
 from megatron_dynmoe.mcore.tracker import RoutingTracker
 from megatron_dynmoe.routers import GATES, RULES, route
 from megatron_dynmoe.routers.auxiliary import losses_of, router_losses
@@ -23,7 +23,7 @@ from megatron_dynmoe.routers.registry import Routed
 from megatron_dynmoe.routers.routing import Routing
 
 
-class DynamicRouter(Router):
+class DynamicRouter(ControlledRouter):
     """Routes with ``dynmoe``'s gate, rule and bounds; the weight is named and shaped as megatron-core's router's.
 
     Losses are computed over a micro-batch of one data-parallel rank, as megatron-core does: under sequence and context
@@ -44,6 +44,7 @@ class DynamicRouter(Router):
         # No gate has a bias. megatron-core's router has one unless --disable-bias-linear; here it would never be used.
         self.bias = None
         self._add_learned()
+        self.add_controllers()
         # The previous MoE layer's logits, set by the layer for each pass; and what the layer reads of this pass.
         self.previous_TC: Tensor | None = None
         self.weights_TZ: Tensor | None = None
@@ -90,11 +91,6 @@ class DynamicRouter(Router):
             return tensor.to(moved.device) if tensor.is_floating_point() and moved.dtype != tensor.dtype else moved
 
         return super()._apply(keep if self.keep_float32 else fn, recurse)
-
-    @property
-    def active_E(self) -> Tensor | None:
-        """bool [E], the experts there are to choose from; ``None``: all."""
-        return None
 
     def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Route [S, B, D] hidden states.
@@ -146,15 +142,6 @@ class DynamicRouter(Router):
             previous_TC=self.previous_TC,
             training=self.training,
         )
-
-    def record(self, x_TD: Tensor, routing: Routing, valid_T: Tensor | None) -> None:
-        """Called once for each training token's routing, for routers that remember; here nothing.
-
-        Args:
-            x_TD: the router's input.
-            routing: of these tokens.
-            valid_T: bool, False for padding; ``None``: all are valid.
-        """
 
     @property
     def layer_index(self) -> int:

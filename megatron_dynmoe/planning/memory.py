@@ -24,14 +24,12 @@ def parameters(model: Model, layout: Layout, stage: int) -> Parameters:
     """
     layers = layout.stage(model, stage)
     moe = sum(model.moe[layer] for layer in layers)
-    dense_part = model.matrices * model.width * model.dense_width
-    shared_part = model.matrices * model.width * model.shared_width
-    split = len(layers) * model.attention + (len(layers) - moe) * dense_part + moe * shared_part
+    split = len(layers) * model.attention + moe * model.feed_forward(model.shared_width)
+    split += (len(layers) - moe) * model.feed_forward(model.dense_width)
     first, last = stage == 0, stage == layout.pipeline - 1
     copies = int(first) + int(last and not (first and model.tied))
     split += copies * model.padded_vocabulary(layout.tensor) * model.width
-    norms = 2 * (model.width + model.head_width * model.query_key_norms)
-    replicated = len(layers) * norms + moe * model.columns * model.width + (model.width if last else 0)
+    replicated = len(layers) * model.norms + moe * model.router + (model.width if last else 0)
     return Parameters(
         dense=split // layout.tensor + replicated,
         experts=moe * model.experts // layout.expert * model.per_expert,

@@ -33,11 +33,15 @@ COMMON = (
 
 
 def losses_of(config: RouterConfig) -> list[Loss]:
-    """The losses that ``config`` asks for; a method's own stands in the place of a common one of its name."""
+    """The losses that ``config`` asks for; a method's own stands in the place of a common one of its name.
+
+    One whose coefficient a controller moves is asked for also where that is 0, as it need not stay there.
+    """
     by_name = {loss.name: loss for loss in COMMON}
     for method in config.methods:
         by_name |= {loss.name: loss for loss in method.losses}
-    return [loss for loss in by_name.values() if getattr(config, loss.coefficient)]
+    moving = config.moving
+    return [loss for loss in by_name.values() if getattr(config, loss.coefficient) or loss.coefficient in moving]
 
 
 def router_losses(routed: Routed) -> dict[str, tuple[float, Tensor]]:

@@ -78,14 +78,15 @@ class Method:
         parameters: what it learns beside the router's weight.
         losses: its own, in the place of one that every router has where the name is the same.
         controller: what moves between steps.
-        log: ``(config, parameters)`` to scalars on the device, logged as means over layers.
+        log: ``(config, parameters, active_E)`` to tensors on the device: scalars are logged as means over layers, and
+            by layer in the metrics file; vectors there alone.
     """
 
     settings: type[Settings] | None = None
     parameters: Parameters | None = None
     losses: tuple[Loss, ...] = ()
     controller: type[Controller] | None = None
-    log: Callable[[RouterConfig, Mapping[str, Tensor]], dict[str, Tensor]] | None = None
+    log: Callable[[RouterConfig, Mapping[str, Tensor], Tensor | None], dict[str, Tensor]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

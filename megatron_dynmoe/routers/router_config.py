@@ -10,6 +10,7 @@ from dataclasses import Field, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from megatron_dynmoe.ranges import COEFFICIENT, COUNT, EXPERTS, MOST_EXPERTS, SCALE, SMALL, Range
+from megatron_dynmoe.routers.controller import Controller
 from megatron_dynmoe.routers.registry import GATES, RULES, Method, fields_of, methods
 from megatron_dynmoe.routers.settings import Checked, ConfigError, Settings, refuse, setting, typed_fields
 
@@ -124,6 +125,17 @@ class RouterConfig(Checked):
     def methods(self) -> tuple[Method, Method]:
         """Gate and rule."""
         return GATES[self.gate], RULES[self.rule]
+
+    @property
+    def controllers(self) -> list[type[Controller]]:
+        """Those of gate and rule that this configuration wants."""
+        kinds = (method.controller for method in self.methods)
+        return [kind for kind in dict.fromkeys(kinds) if kind is not None and kind.wanted(self)]
+
+    @property
+    def moving(self) -> set[str]:
+        """Names of settings that a controller moves."""
+        return {name for kind in self.controllers for name in kind.sets}
 
     @property
     def zero_computation_experts(self) -> int:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_dynmoe.ranges import COEFFICIENT, COUNT, MOST, Range
+from megatron_dynmoe.routers.adaptation import Adaptation
 from megatron_dynmoe.routers.auxiliary import balance
 from megatron_dynmoe.routers.cosine import cosine_scale
 from megatron_dynmoe.routers.registry import Loss, Routed, register_rule
@@ -140,6 +141,17 @@ def top_any_weights(
     return gate_TE / map_TE.sum(dim=-1, keepdim=True).clamp_min(1)
 
 
+def threshold_log(config: RouterConfig, parameters: Mapping[str, Tensor], active_E: Tensor | None) -> dict[str, Tensor]:
+    """The mean threshold of the active experts, and their least, mean and greatest; 0 where nobody is active."""
+    thresholds_E = parameters["thresholds"].float()
+    out_E = torch.zeros_like(thresholds_E, dtype=torch.bool) if active_E is None else ~active_E
+    count = (~out_E).sum()
+    mean = thresholds_E.masked_fill(out_E, 0).sum() / count.clamp_min(1)
+    ends = thresholds_E.masked_fill(out_E, torch.inf).amin(), thresholds_E.masked_fill(out_E, -torch.inf).amax()
+    least, most = (torch.where(count > 0, end, 0.0) for end in ends)
+    return {"threshold": mean, "thresholds": torch.stack([least, mean, most])}
+
+
 @register_rule(
     "top-any",
     settings=TopAny,
@@ -151,6 +163,8 @@ def top_any_weights(
         Loss("efficiency_loss", "efficiency_coeff", _efficiency),
     ),
     may_be_empty=True,
+    controller=Adaptation,
+    log=threshold_log,
 )
 def top_any_map(scores_TE: Tensor, config: RouterConfig, parameters: Mapping[str, Tensor]) -> Tensor:
     """Experts whose score exceeds sigmoid(scale * threshold), strictly (Guo et al. 2024, arXiv 2405.14297, eq. 4).

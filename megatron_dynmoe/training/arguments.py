@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron.training.argument_utils import ArgumentGroupFactory
 
+from megatron_dynmoe.checks import check_division, check_slots
 from megatron_dynmoe.config import PRESETS, ConfigError, DynMoEConfig, dest_of, flag_of, preset_fields, without_unread
 from megatron_dynmoe.routers import GATES, RULES
 from megatron_dynmoe.routers.registry import methods
@@ -120,15 +121,7 @@ def dynmoe_from_args(args: Namespace) -> DynMoEConfig:
             raise ConfigError(f"--moe-aux-loss-coeff is {coeff}; accepted: one number, the load-balance loss's weight.")
         values["load_balance_coeff"] = coeff[0]
     config = DynMoEConfig(**values)
-    experts, ranks = args.num_experts, args.expert_model_parallel_size
-    if experts is not None and experts % ranks:
-        raise ConfigError(
-            f"--num-experts is {experts}, which does not divide by --expert-model-parallel-size {ranks}; "
-            f"accepted: a multiple of {ranks}."
-        )
-    if config.initial_experts is not None and config.initial_experts > (experts or 0):
-        raise ConfigError(
-            f"--moe-initial-experts is {config.initial_experts}, more than the slots of --num-experts {experts}; "
-            f"accepted: at most {experts}."
-        )
+    if args.num_experts is not None:
+        check_division(args.num_experts, args.expert_model_parallel_size)
+    check_slots(config.initial_experts, args.num_experts or 0)
     return config

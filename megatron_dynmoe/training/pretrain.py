@@ -18,8 +18,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_dynmoe import host
 from megatron_dynmoe.config import DynMoEConfig
 from megatron_dynmoe.launch.parent import end_with_parent, under_torchrun
-from megatron_dynmoe.mcore.adaptation import ExpertAdaptation
-from megatron_dynmoe.mcore.config import check_config
+from megatron_dynmoe.mcore.checks import check_config
+from megatron_dynmoe.mcore.controllers import Driver
 from megatron_dynmoe.mcore.fp8_state import then_update_scales
 from megatron_dynmoe.mcore.stages import fix_width
 from megatron_dynmoe.mcore.tracker import RoutingTracker
@@ -75,7 +75,7 @@ def run(args: Namespace, dynmoe: DynMoEConfig, resumed: Resume | None = None) ->
     config = pretrain_config(args, dynmoe)
     config.model.fused_norm = fits.fused_norm(resumed)
     file, losses = MetricsFile(args.moe_metrics_file), LossSums()
-    adaptation = ExpertAdaptation(dynmoe, seed=args.seed) if dynmoe.adaptive_experts else None
+    driver = Driver(dynmoe, seed=args.seed)
     tracker = RoutingTracker(
         num_layers=args.num_layers + (args.mtp_num_layers or 0),
         num_experts=args.num_experts or 1,
@@ -83,13 +83,13 @@ def run(args: Namespace, dynmoe: DynMoEConfig, resumed: Resume | None = None) ->
         copies=1 if args.sequence_parallel else args.tensor_model_parallel_size,
         log_interval=args.log_interval,
         loss_names=tuple(loss.name for loss in losses_of(dynmoe)),
-        on_interval=partial(log_interval, file, adaptation, IntervalSums()),
-        on_step=None if adaptation is None else adaptation.after_step,
+        on_interval=partial(log_interval, file, driver, IntervalSums()),
+        on_step=driver.after_step,
     )
     set_moe_metrics_tracker(tracker)
     datasets = partial(build_datasets, config=config.model.transformer)
     datasets.is_distributed = True  # each rank decides whether it reads
-    step = partial(forward_step, evaluation=losses, watch=None if adaptation is None else adaptation.watch)
+    step = partial(forward_step, evaluation=losses, before=driver.before_pass)
     watch = nan.Watch()
     config.model.transformer.finalize_model_grads_func = then_update_scales(watch.after_gradients)
     try:

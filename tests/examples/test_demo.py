@@ -120,7 +120,8 @@ def test_own_folder_is_emptied_unless_continued(tmp_path) -> None:
 
 @pytest.mark.parametrize("ranks", [0, -1, 3])
 def test_ranks_that_cannot_share_the_experts_are_refused(ranks: int) -> None:
-    with pytest.raises(DemoError, match=rf"--ranks is {ranks}; accepted: a number that divides the 8 experts"):
+    said = rf"--ranks is {ranks}, which does not divide --num-experts 8; accepted: 1, 2, 4, 8\."
+    with pytest.raises(DemoError, match=said):
         steps.look_at_machine(ranks)
 
 

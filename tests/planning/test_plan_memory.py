@@ -84,7 +84,7 @@ def kept_by(dynmoe: DynMoEConfig) -> int:
         layer = dynamic_layer_spec(_spec(made), dynmoe).submodules.mlp(config=made, layer_number=1)
     layer.set_layer_number(1)
     if dynmoe.adaptive_experts:
-        layer.router.set_schedule(recording=True)
+        layer.router.take([layer.router.dynmoe.record_from, 1])  # a window is open
     hidden = {"dtype": made.params_dtype, "device": "meta", "requires_grad": True}
     x = torch.empty(T, 1, D, **hidden)
     if dynmoe.gating_residual:

@@ -23,6 +23,8 @@ def test_an_old_checkpoint_is_resumed_to_the_recorded_losses(tmp_path, name: str
         # Adam at 1e-2 may make a thousand times larger; a lost moment, mask or schedule moves the loss by 1e-2.
         for key in ("lm_loss", "load_balancing_loss"):
             assert record[key] == pytest.approx(step[key], rel=1e-4), (step["iteration"], key)
-        assert record["experts_per_token"] == pytest.approx(step["experts_per_token"], abs=2 / 128)  # a token at an edge
+        assert record["experts_per_token"] == pytest.approx(
+            step["experts_per_token"], abs=2 / 128
+        )  # a token at an edge
         assert record.get("active_experts") == step.get("active_experts")
         assert record.get("expert_changes") == step["expert_changes"] or step["expert_changes"] is None
