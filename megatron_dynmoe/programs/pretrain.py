@@ -55,9 +55,10 @@ def main(argv: list[str] | None = None) -> int:
     )
 
 
-# The first checkpoint starts helper processes, which import the program again under this name: that of this module, of
-# the wheel's script or of the checkout's file. Such a helper must not outlive its rank.
-if "__mp_main__" in sys.modules:
+# The first checkpoint starts helper processes, which import the program again under this name: this module, the wheel's
+# script or the checkout's file. (In the program itself multiprocessing has the name stand for __main__.) Such a helper
+# must not outlive its rank.
+if sys.modules.get("__mp_main__") not in (None, sys.modules["__main__"]):
     end_with_parent()
 
 if __name__ == "__main__":
