@@ -54,7 +54,9 @@ def sources(gate: str, rule: str) -> dict[str, str]:
         module = todo.pop(0)
         if module not in modules:
             modules.append(module)
-            todo += [target for entry in _imports(module, own, methods) for target, _ in _targets(module, entry, methods)]
+            todo += [
+                target for entry in _imports(module, own, methods) for target, _ in _targets(module, entry, methods)
+            ]
     names = _names(modules)
     for module in modules:
         found[f"{names[module]}.py"] = _rewritten(module, own, methods, names)
