@@ -16,7 +16,7 @@ PACKAGE = "megatron_dynmoe"
 
 LEVELS = [
     {"presets", "ranges", "errors", "units", "model_shape"},
-    {"config"},
+    {"config", "records"},
     {"checks"},
     {"routing"},
     {"routers", "dispatch", "experts", "losses", "metrics", "controllers", "planning", "checkpoint"},
