@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "megatron_dynmoe"
 
 LEVELS = [
-    {"presets", "ranges", "errors", "units", "losses", "model_shape"},
-    {"routers"},
+    {"ranges", "errors", "units", "losses", "model_shape"},
+    {"routers", "records"},
     {"config"},
     {"checks"},
     {"routing", "plugins"},
