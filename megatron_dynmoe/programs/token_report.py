@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from megatron_dynmoe.errors import one_sentence
 from megatron_dynmoe.programs.command import command_parser
 from megatron_dynmoe.report.metrics_file import ReportError
 from megatron_dynmoe.report.token_costs import FREE_KINDS, TokenCosts, token_costs
@@ -81,20 +82,13 @@ def exported_model(args: argparse.Namespace) -> Iterator[tuple[Path, str]]:
             f"--model {args.model} has no config.json, so it is no exported model; for a checkpoint give "
             "--tokenizer-model too."
         )
-    from megatron_dynmoe.checkpoint import CheckpointError
     from megatron_dynmoe.hf.export import export
     from megatron_dynmoe.programs.export_hf import write_tokenizer
 
     with tempfile.TemporaryDirectory(prefix="token_report.") as folder:
-        try:
-            done = export(
-                args.model,
-                Path(folder) / "model",
-                tokenizer_model=args.tokenizer_model,
-                write_tokenizer=write_tokenizer,
-            )
-        except (CheckpointError, OSError) as error:
-            raise ReportError(str(error)) from None
+        done = export(
+            args.model, Path(folder) / "model", tokenizer_model=args.tokenizer_model, write_tokenizer=write_tokenizer
+        )
         yield done.path, str(done.checkpoint)
 
 
@@ -237,8 +231,9 @@ def write(path: Path, page: str) -> None:
             beside.unlink()
 
 
+@one_sentence("token_report")
 def main(argv: list[str] | None = None, *, prog: str | None = None) -> int:
-    """Parse, read, route, write; 2 with one sentence on stderr."""
+    """Parse, read, route, write; 1 with one sentence on stderr."""
     args = parser(prog).parse_args(argv)
     # Like Ctrl-C: the temporary export is removed.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -246,12 +241,8 @@ def main(argv: list[str] | None = None, *, prog: str | None = None) -> int:
         check_output(args)
         text = read_text(args)
         write(args.output, page_of(args, text))
-    except ReportError as error:
-        print(f"token_report: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
-        print(f"token_report: interrupted; {args.output} is as it was.", file=sys.stderr)
-        return 130
+        raise KeyboardInterrupt(f"{args.output} is as it was.") from None
     return 0
 
 
