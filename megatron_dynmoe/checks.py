@@ -34,16 +34,3 @@ def check_division(
     if ranks < 1 or experts % ranks:
         accepted = ", ".join(map(str, divisors(experts)))
         raise error(f"{flag} is {ranks}, which does not divide --num-experts {experts}; accepted: {accepted}.")
-
-
-def check_slots(initial: int | None, slots: int) -> None:
-    """Refuse more experts at the start than there are slots for them.
-
-    Raises:
-        ConfigError: names both numbers.
-    """
-    if initial is not None and initial > slots:
-        raise ConfigError(
-            f"--moe-initial-experts is {initial}, more than the slots of --num-experts {slots}; accepted: at most "
-            f"{slots}."
-        )

@@ -10,9 +10,9 @@ from typing import Any, Self
 
 from megatron_dynmoe import routers
 from megatron_dynmoe.errors import ConfigError
-from megatron_dynmoe.presets import PRESETS
 from megatron_dynmoe.ranges import Range
-from megatron_dynmoe.routers.registry import fields_of
+from megatron_dynmoe.routers.fresh import router_parameters
+from megatron_dynmoe.routers.registry import PRESETS, fields_of
 from megatron_dynmoe.routers.router_config import RouterConfig, all_fields, own_fields
 from megatron_dynmoe.routers.settings import dest_of_field, flag_of_field, setting
 
@@ -69,6 +69,12 @@ class DynMoEConfig(RouterConfig):
     dispatch_unit: str = setting("auto", ["auto", "expert", "rank"], training=True)
     """What a row on the wire is, with the alltoall dispatcher: 'expert', a token crosses once for each expert it
     visits; 'rank', once for each rank that holds such experts; 'auto', whichever moves clearly fewer bytes."""
+
+    def parameters_beside(self, experts: int, width: int) -> int:
+        """Parameters of one layer's router, mixer and zero-computation experts, without a weight [E, D]."""
+        mixer = 2 * (width + 1) if self.residual else 0
+        constants = 3 * self.constant_experts * width
+        return router_parameters(self, experts, width) - experts * width + mixer + constants
 
     def check(self) -> None:
         """What no single field can say."""

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
+from typing import Any
 
 Main = Callable[..., int]  # of a program: the words after its name, its own where they are left out, to its exit code
 
@@ -41,9 +42,9 @@ def one_sentence(program: str) -> Callable[[Main], Main]:
 
     def decorate(main: Main) -> Main:
         @wraps(main)
-        def told(argv: list[str] | None = None) -> int:
+        def told(*argv: Any, **how: Any) -> int:
             try:
-                return main(argv)
+                return main(*argv, **how)
             except (UserError, OSError) as error:
                 if (sentence := user_sentence(error)) is None:
                     raise

@@ -35,7 +35,7 @@ def test_output_that_cannot_be_written(tool, output, corpus, capsys):
     flags += ["--megabytes", "0.01"] if tool == "collect_corpus" else ["--corpus", str(corpus), "--vocab-size", "300"]
     assert load(tool).main(flags) == 1
     said = capsys.readouterr().err.splitlines()
-    errors = [line for line in said if line.startswith("error: ")]
+    errors = [line for line in said if line.startswith(f"{tool}: ")]
     assert len(errors) == 1 and output[:9] in errors[0] and not any("Traceback" in line for line in said)
 
 

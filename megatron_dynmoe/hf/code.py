@@ -54,7 +54,9 @@ def sources(gate: str, rule: str) -> dict[str, str]:
         module = todo.pop(0)
         if module not in modules:
             modules.append(module)
-            todo += [target for entry in _imports(module, own, methods) for target, _ in _targets(entry, methods)]
+            todo += [
+                target for entry in _imports(module, own, methods) for target, _ in _targets(module, entry, methods)
+            ]
     names = _names(modules)
     for module in modules:
         found[f"{names[module]}.py"] = _rewritten(module, own, methods, names)
@@ -120,28 +122,37 @@ def _check(path: Path, module: str, own: set[str], said: str, is_root: bool, *, 
     raise ExportError(f"{path} says '{said}', which cannot be copied beside the weights; accepted: {wanted}.")
 
 
-def _targets(entry: _Import, methods: tuple[str, ...]) -> list[tuple[str, list[ast.alias]]]:
-    """The modules that an import's names come from: of a package, those that it has them from."""
+def _targets(module: str, entry: _Import, methods: tuple[str, ...]) -> list[tuple[str, list[ast.alias]]]:
+    """The modules that an import's names come from: of a package, those that it has them from.
+
+    Raises:
+        ExportError: a package has a name from nowhere.
+    """
     if (entry.module, entry.names[0].name) == (PACKAGE, "routers"):
-        return [(module, [ast.alias("__name__", f"_method{n}")]) for n, module in enumerate(methods)]
+        return [(method, [ast.alias("__name__", f"_method{n}")]) for n, method in enumerate(methods)]
     path = _path(entry.module)
     if path.name != "__init__.py":
         return [(entry.module, list(entry.names))]
     found: dict[str, list[ast.alias]] = {}
     for alias in entry.names:
-        found.setdefault(_home(entry.module, path, alias.name), []).append(alias)
+        home = _home(entry.module, path, alias.name)
+        if home is None:
+            raise ExportError(
+                f"{_path(module)} says 'from {entry.module} import {alias.name}', which is a module or stands in the "
+                "package itself; accepted: 'from ... import' of what stands in a module."
+            )
+        found.setdefault(home, []).append(alias)
     return list(found.items())
 
 
-def _home(package: str, path: Path, name: str) -> str:
-    """The module that a package has a name from."""
+def _home(package: str, path: Path, name: str) -> str | None:
+    """The module that a package, of which `path` is the file, has a name from."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and name in [alias.asname or alias.name for alias in node.names]:
             relative = "." * node.level + (node.module or "")
             module = importlib.util.resolve_name(relative, package) if node.level else node.module or ""
-            if module != package:
-                return module
-    raise ExportError(f"{name!r} of {package} is a module, or made there; import from the module itself what you need.")
+            return module if module != package else None
+    return None
 
 
 def _rewritten(module: str, own: set[str], methods: tuple[str, ...], names: dict[str, str]) -> str:
@@ -150,7 +161,7 @@ def _rewritten(module: str, own: set[str], methods: tuple[str, ...], names: dict
     for entry in sorted(_imports(module, own, methods), key=lambda entry: -entry.first):
         new = [
             f"{' ' * entry.indent}from .{names[target]} import {', '.join(_said(alias) for alias in aliases)}\n"
-            for target, aliases in _targets(entry, methods)
+            for target, aliases in _targets(module, entry, methods)
         ]
         lines[entry.first - 1 : entry.last] = new
     return "".join(lines)

@@ -9,7 +9,7 @@ from dataclasses import fields
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_dynmoe.checks import check_division, check_slots, refuse
+from megatron_dynmoe.checks import check_division, refuse
 from megatron_dynmoe.config import DynMoEConfig
 from megatron_dynmoe.mcore.flex_checks import check_flex
 from megatron_dynmoe.mcore.fp8_checks import check_fp8
@@ -40,10 +40,7 @@ def check_config(config: TransformerConfig, dynmoe: DynMoEConfig) -> None:
     if not experts:
         refuse("num_experts", experts, "a dynamic MoE layer needs experts", "set --num-experts to at least 1")
     check_division(experts, ranks)
-    check_slots(dynmoe.initial_experts, experts)
-    columns = experts + dynmoe.zero_computation_experts
-    if dynmoe.rule == "top-k" and dynmoe.topk > columns:
-        refuse("moe_router_topk", dynmoe.topk, f"there are {columns} experts", f"use 1 to {columns}")
+    dynmoe.check_columns(experts)
     _check_adaptation(config, dynmoe)
     _check_shared_expert(config, dynmoe)
     _check_local(config, dynmoe)

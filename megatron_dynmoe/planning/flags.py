@@ -157,7 +157,7 @@ def model_of(args: Namespace) -> Model:
         sizes,
         vocabulary=args.vocab_size,
         vocabulary_multiple=args.make_vocab_size_divisible_by,
-        router_extra=routing.zero_computation_experts * args.hidden_size,  # their rows of the router's weight
+        router_extra=routing.parameters_beside(args.num_experts, args.hidden_size),
         sequence=args.seq_length,
         micro_batch=args.micro_batch_size,
         global_batch=args.global_batch_size,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_dynmoe.planning.shapes import TANH_UNITS, Layout, Model
+from megatron_dynmoe.planning.kept import router_bytes
+from megatron_dynmoe.planning.shapes import Layout, Model
 
 
 @dataclass(frozen=True)
@@ -103,16 +104,10 @@ def moe_token_bytes(model: Model) -> int:
     """
     routing, columns = model.routing, model.columns
     free = routing.zero_computation_experts
-    inputs = 2 if free and (routing.gating_residual or routing.expert_input_scale != 1) else 1
-    # float32 values of each column (4), maps (1)
-    kept = 13 if routing.gate == "cosine" else 5  # scores and map; cosine: logits and margins as well
-    kept += 4 * TANH_UNITS if routing.gate == "tanh" else 0
-    kept += 4 if routing.entropy_coeff else 0
-    kept += 4 if routing.normalize_weights else 0
-    kept += 5 if routing.drop_zero_weight else 0
-    kept += 4 if routing.gating_residual else 0  # the previous layer's logits
-    kept += 4 if free else 0  # their weights
-    return inputs * model.width * model.itemsize + kept * columns + 4 * routing.constant_experts
+    inputs = 1 if free and (routing.gating_residual or routing.expert_input_scale != 1) else 0
+    weights = 4 * columns if free else 0  # of zero-computation experts
+    kept = router_bytes(routing, columns, model.width, model.itemsize)
+    return inputs * model.width * model.itemsize + kept + weights + 4 * routing.constant_experts
 
 
 def row_bytes(model: Model, *, fp8: bool = False) -> int:

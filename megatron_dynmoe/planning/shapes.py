@@ -12,8 +12,6 @@ from megatron_dynmoe.config import DynMoEConfig
 from megatron_dynmoe.errors import UserError
 from megatron_dynmoe.model_shape import ModelShape
 
-TANH_UNITS = 8  # of the router's hidden layer under gate "tanh", for each column (routers/tanh.py)
-
 
 class PlanError(UserError):
     """Input that cannot be planned; one sentence with the name, the value and what would be accepted."""

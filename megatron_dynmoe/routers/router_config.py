@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_dynmoe.ranges import COEFFICIENT, COUNT, EXPERTS, MOST_EXPERTS, SCALE, SMALL, Range
 from megatron_dynmoe.routers.controller import Controller
-from megatron_dynmoe.routers.registry import GATES, RULES, Method, fields_of, methods
+from megatron_dynmoe.routers.registry import GATES, RULES, Gate, Method, Rule, fields_of, methods
 from megatron_dynmoe.routers.settings import Checked, ConfigError, Settings, refuse, setting, typed_fields
 
 if TYPE_CHECKING:
@@ -29,17 +29,14 @@ class RouterConfig(Checked):
     Raises:
         ConfigError: a value that is not accepted, an unknown method, or a setting that nobody reads.
         TypeError: a name that nothing has.
+        ValueError: a method's setting has the name of a field below.
     """
 
     gate: str = setting("softmax", exported="router_gate")
-    """Gate: how hidden states become scores, in float32. 'softmax': a linear map, then softmax over the experts;
-    'tanh': two linear maps with tanh between, then softmax (the released MoE++); 'cosine': the sigmoid of the scaled
-    cosine with each expert's embedding (DynMoE)."""
+    """Gate: how hidden states become scores, in float32."""
 
     rule: str = setting("top-p", exported="router_rule")
-    """Rule: which experts a token visits. 'top-p': the smallest set whose probability exceeds --moe-top-p
-    (Dynamic MoE); 'top-k': the --moe-router-topk most probable (Switch with 1, GShard with 2); 'top-any': all whose
-    score passes their own learned threshold, perhaps none (DynMoE; needs gate 'cosine')."""
+    """Rule: which experts a token visits."""
 
     max_experts_per_token: int | None = setting(None, COUNT._replace(optional=True))
     """Upper bound on the experts of one token, under every rule; the most probable stay. Unset: no bound."""
@@ -57,8 +54,7 @@ class RouterConfig(Checked):
     probabilities."""
 
     load_balance_coeff: float = setting(0.0, COEFFICIENT, megatron="moe_aux_loss_coeff", training=True)
-    """Weight alpha of the load-balance loss; --moe-router-load-balancing-type none turns it off. Under rule 'top-any'
-    its gradient goes through the division by a token's number of experts, as in DynMoE's public code."""
+    """Weight alpha of the load-balance loss; --moe-router-load-balancing-type none turns it off."""
 
     z_loss_coeff: float | None = setting(
         None, COEFFICIENT._replace(optional=True), megatron="moe_z_loss_coeff", training=True
@@ -118,11 +114,13 @@ class RouterConfig(Checked):
         """Settings of gate and rule: of ``given`` where they fit, with what ``values`` says on top; it is taken out."""
         before = {type(settings): settings for settings in given}
         for kind in dict.fromkeys(m.settings for m in self.methods if m.settings is not None):
+            if taken := {field.name for field in fields(kind)} & self.__dict__.keys():
+                raise ValueError(f"{kind.__name__} has a setting {min(taken)!r}, which every router has already.")
             said = {field.name: values.pop(field.name) for field in fields(kind) if field.name in values}
             yield replace(before[kind], **said) if kind in before else kind(**said)
 
     @property
-    def methods(self) -> tuple[Method, Method]:
+    def methods(self) -> tuple[Gate, Rule]:
         """Gate and rule."""
         return GATES[self.gate], RULES[self.rule]
 
@@ -152,6 +150,15 @@ class RouterConfig(Checked):
         fits = self.zero_experts > 0 and GATES[self.gate].probabilities
         wanted = "off, or --moe-zero-experts and a gate whose scores are probabilities"
         self.require("drop_zero_weight", fits or not self.drop_zero_weight, wanted)
+
+    def check_columns(self, experts: int) -> None:
+        """What gate and rule want of a layer with so many FFN experts.
+
+        Raises:
+            ConfigError: a setting that these experts cannot serve.
+        """
+        for settings in self.settings:
+            settings.check_columns(self, experts)
 
     def __getattr__(self, name: str) -> Any:
         if not name.startswith("_"):

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from functools import cache
-from typing import Any, NoReturn, get_type_hints
+from typing import Any, NoReturn, cast, get_type_hints
 
 from megatron_dynmoe.errors import ConfigError
 from megatron_dynmoe.ranges import Range
@@ -26,6 +26,7 @@ def setting(
     megatron: str | None = None,
     exported: str | None = None,
     training: bool = False,
+    symbol: str | None = None,
 ) -> Any:
     """A field of a :class:`Settings` dataclass.
 
@@ -36,9 +37,11 @@ def setting(
         exported: its name in an export's ``config.json``, if that is another one.
         training: it acts while training alone (a loss, a schedule, a bound, a place), so a resumed run may change it.
             The others decide what the model computes: a resumed run that changes one is refused.
+        symbol: how papers write it; a setting that has one is named in reports of a model.
     """
     names = accepts if accepts is None or isinstance(accepts, Range) else list(accepts)
     said = {"accepts": names, "megatron": megatron, "exported": exported, "training": training}
+    said["symbol"] = symbol
     return dataclasses.field(default=default, metadata=said)
 
 
@@ -81,15 +84,22 @@ class Settings(Checked):
     def check_router(self, config: Any) -> None:
         """What the router's other settings must be for these; the same."""
 
+    def check_columns(self, config: Any, experts: int) -> None:
+        """What a layer with so many FFN experts must be for these; the same."""
+
 
 def refuse(field: dataclasses.Field, value: Any, wanted: str) -> NoReturn:
     """Raise ConfigError: the setting of ``field`` is ``value``, and not what is ``wanted``."""
     raise ConfigError(f"{flag_of_field(field)} ({OWNER}.{field.name}) is {value!r}; accepted: {wanted}.")
 
 
-@cache
 def typed_fields(kind: type) -> tuple[dataclasses.Field, ...]:
     """The fields of a dataclass, their types resolved where the module defers annotations."""
+    return _typed_fields(cast(Hashable, kind))
+
+
+@cache
+def _typed_fields(kind: Any) -> tuple[dataclasses.Field, ...]:
     hints = get_type_hints(kind)
     found = [copy.copy(field) for field in dataclasses.fields(kind)]
     for field in found:

@@ -30,7 +30,7 @@ ENTROPY = Loss("entropy_loss", "entropy_coeff", _entropy)
 
 @register_gate("softmax", settings=Probabilities, losses=(ENTROPY,))
 def softmax_gate(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
-    """W x; its scores are softmax probabilities (Huang et al. 2024, arXiv 2403.07652, eq. 2).
+    """W x, then softmax over the experts (Huang et al. 2024, arXiv 2403.07652, eq. 2).
 
     Args:
         x_TD: hidden states, any float dtype.

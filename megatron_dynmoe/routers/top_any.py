@@ -13,7 +13,7 @@ from megatron_dynmoe.ranges import COEFFICIENT, COUNT, MOST, Range
 from megatron_dynmoe.routers.adaptation import Adaptation
 from megatron_dynmoe.routers.auxiliary import balance
 from megatron_dynmoe.routers.cosine import cosine_scale
-from megatron_dynmoe.routers.registry import Loss, Routed, register_rule
+from megatron_dynmoe.routers.registry import Loss, Routed, register_preset, register_rule
 from megatron_dynmoe.routers.settings import Settings, setting
 
 if TYPE_CHECKING:
@@ -63,6 +63,11 @@ class TopAny(Settings):
         combined = bool(config.zero_computation_experts or config.gating_residual)
         wanted = "off: slots are not combined with zero-computation experts or gating residuals yet"
         self.require("adaptive_experts", not (self.adaptive_experts and combined), wanted)
+
+    def check_columns(self, config: RouterConfig, experts: int) -> None:
+        """As many slots as are to be active."""
+        fits = self.initial_experts is None or self.initial_experts <= experts
+        self.require("initial_experts", fits, f"at most {experts}, the slots of --num-experts")
 
 
 def gate_shares(weights_TE: Tensor) -> Tensor:
@@ -167,7 +172,9 @@ def threshold_log(config: RouterConfig, parameters: Mapping[str, Tensor], active
     log=threshold_log,
 )
 def top_any_map(scores_TE: Tensor, config: RouterConfig, parameters: Mapping[str, Tensor]) -> Tensor:
-    """Experts whose score exceeds sigmoid(scale * threshold), strictly (Guo et al. 2024, arXiv 2405.14297, eq. 4).
+    """All experts whose score passes their own learned threshold, perhaps none (DynMoE; needs gate 'cosine').
+
+    The score exceeds sigmoid(scale * threshold), strictly (Guo et al. 2024, arXiv 2405.14297, eq. 4).
 
     Args:
         scores_TE: float32 scores of the cosine gate.
@@ -178,3 +185,17 @@ def top_any_map(scores_TE: Tensor, config: RouterConfig, parameters: Mapping[str
         bool [T, E]; a row may be empty, also one with NaN.
     """
     return _margin_TE(scores_TE, config, parameters) > 0
+
+
+# Guo et al. 2024, arXiv 2405.14297: top-any gating, both losses at 1e-2; scale and schedule are those of the public
+# code's DeepSpeed layer (scale 1, not trained; record from 300, update at 600, period 900).
+register_preset(
+    "dynmoe",
+    {
+        "gate": "cosine",
+        "rule": "top-any",
+        "diversity_coeff": 1e-2,
+        "simplicity_coeff": 1e-2,
+        "adaptive_experts": True,
+    },
+)

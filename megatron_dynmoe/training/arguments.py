@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import argparse
 from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping
 from dataclasses import Field
 from typing import Any
 
 from megatron.training.argument_utils import ArgumentGroupFactory
 
-from megatron_dynmoe.checks import check_division, check_slots
+from megatron_dynmoe.checks import check_division
 from megatron_dynmoe.config import PRESETS, ConfigError, DynMoEConfig, dest_of, flag_of, preset_fields, without_unread
 from megatron_dynmoe.routers import GATES, RULES
-from megatron_dynmoe.routers.registry import methods
+from megatron_dynmoe.routers.registry import Method, methods
 from megatron_dynmoe.routers.router_config import all_fields
 from megatron_dynmoe.routers.settings import typed_fields
 from megatron_dynmoe.training.resume import add_resume_args
@@ -31,9 +32,13 @@ class _DynMoEFlags(ArgumentGroupFactory):
         kwargs |= {"arg_names": [flag_of(attribute.name)], "dest": dest_of(attribute.name)}
         if typed[attribute.name].type is bool:
             kwargs["action"] = argparse.BooleanOptionalAction
-        accepts = {"gate": list(GATES), "rule": list(RULES)}.get(attribute.name, attribute.metadata.get("accepts"))
+        registries: dict[str, Mapping[str, Method]] = {"gate": GATES, "rule": RULES}
+        registry = registries.get(attribute.name, {})
+        accepts = list(registry) or attribute.metadata.get("accepts")
         if isinstance(accepts, list):
             kwargs["metavar"] = "{" + ",".join(accepts) + "}"
+        for name, method in registry.items():
+            kwargs["help"] += f" '{name}': {method.about}"
         kwargs["help"] = kwargs["help"].replace("%", "%%") + f" Default: {attribute.default}."
         return kwargs
 
@@ -92,7 +97,11 @@ def expand_preset(argv: list[str]) -> list[str]:
     flags: list[str] = []
     chosen = {name: value for name, value in said.items() if value is not None}
     for name, value in without_unread(preset_fields(preset), chosen).items():
-        flags += [flag_of(name)] if value is True else [flag_of(name), str(value)]
+        flag = flag_of(name)
+        if isinstance(value, bool):
+            flags += [flag if value else flag.replace("--", "--no-", 1)]
+        elif value is not None:  # unset is the default
+            flags += [flag, str(value)]
     return flags + list(argv)
 
 
@@ -123,5 +132,5 @@ def dynmoe_from_args(args: Namespace) -> DynMoEConfig:
     config = DynMoEConfig(**values)
     if args.num_experts is not None:
         check_division(args.num_experts, args.expert_model_parallel_size)
-    check_slots(config.initial_experts, args.num_experts or 0)
+        config.check_columns(args.num_experts)
     return config

@@ -24,26 +24,16 @@ from megatron_dynmoe.mcore.controllers import Driver
 from megatron_dynmoe.mcore.tracker import RoutingTracker
 from megatron_dynmoe.metrics import RoutingSummary
 from megatron_dynmoe.model_shape import ModelShape
+from megatron_dynmoe.training.arguments import dynmoe_from_args
 from megatron_dynmoe.training.interval import IntervalSums
 from megatron_dynmoe.training.step import LossSums
 
 
 def model_shape(args: Namespace) -> ModelShape:
     """The shape of the model that Megatron's parsed flags describe."""
-    return ModelShape.from_args(args, vocabulary=args.padded_vocab_size, router_extra=router_extra(args))
-
-
-def router_extra(args: Namespace) -> int:
-    """Parameters of a layer's router beside its weight (thresholds, a trained scale), and of the residual mixer."""
-    width, free = args.hidden_size, args.moe_zero_experts + args.moe_copy_experts + args.moe_constant_experts
-    columns = (args.num_experts or 0) + free
-    thresholds = columns if args.moe_rule == "top-any" else 0
-    mixer = 2 * (width + 1) if args.moe_residual else 0
-    # The gate, less the weight [E, D] that every router is counted with; H = 8C.
-    gate = 8 * columns * (width + columns) if args.moe_gate == "tanh" else columns * width
-    gate -= (args.num_experts or 0) * width
-    gate += columns**2 if args.moe_gating_residual else 0
-    return gate + thresholds + int(args.moe_train_cosine_scale) + mixer + 3 * args.moe_constant_experts * width
+    experts = args.num_experts or 0
+    beside = dynmoe_from_args(args).parameters_beside(experts, args.hidden_size) if experts else 0
+    return ModelShape.from_args(args, vocabulary=args.padded_vocab_size, router_extra=beside)
 
 
 def routed_flops(args: Namespace, experts_per_token: float, batch_size: int) -> float:

@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -193,6 +195,16 @@ def test_summary_refuses_a_training_that_is_not_whole(trained: Path) -> None:
     steps.metrics_file(trained, 2).unlink()
     with pytest.raises(DemoError, match="hold no full training"):
         summarize(trained, "")
+
+
+def test_commands_are_programs_of_the_package(tmp_path: Path, monkeypatch) -> None:
+    """No file of a checkout: the wheel's demo runs the same."""
+    monkeypatch.setattr(steps, "blend", lambda folder, split: [])
+    machine = Machine(ranks=2, gpus=0, cores=2)
+    for step in steps.data_steps(tmp_path) + steps.training_steps(tmp_path, machine) + steps.model_steps(tmp_path):
+        modules = [after for word, after in pairwise(step.command) if word == "-m"]
+        assert modules[-1].startswith("megatron_dynmoe.programs.") and all(map(find_spec, modules))
+        assert not [word for word in step.command if word.endswith(".py")]
 
 
 def test_commands_weigh_subsets_by_their_tokens(tmp_path: Path) -> None:

@@ -5,10 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_dynmoe.config import DynMoEConfig
+from megatron_dynmoe.config import PRESETS, DynMoEConfig
 from megatron_dynmoe.losses import Totals
 from megatron_dynmoe.metrics import RoutingStats
-from megatron_dynmoe.presets import PRESETS
 from megatron_dynmoe.routers import GATES, RULES, route
 from megatron_dynmoe.routers.adaptation import Records
 from megatron_dynmoe.routers.auxiliary import router_losses
