@@ -59,7 +59,11 @@ def config_fields(args: Namespace) -> dict[str, Any]:
         value = getattr(args, name, accepted[0])
         if value not in accepted:
             wanted = " or ".join(repr(v) for v in accepted)
-            raise ExportError(f"the checkpoint was trained with {name} = {value!r}; the export can express {wanted}.")
+            named = getattr(args, "moe_plugin", None) if name in methods else None
+            hint = f" It was trained with --moe-plugin {' '.join(named)}; name it here too." if named else ""
+            raise ExportError(
+                f"the checkpoint was trained with {name} = {value!r}; the export can express {wanted}.{hint}"
+            )
     try:
         _check_counts(args)
         return _attention_fields(args) | _moe_fields(args)

@@ -81,6 +81,7 @@ def add_model_flags(parser: ArgumentParser) -> None:
     for name in LAYOUT:
         group.add_argument(_flag(name), type=int, default=None)
     group.add_argument("--moe-preset", default=None)
+    group.add_argument("--moe-plugin", action="extend", nargs="+", default=None)
     for entry in all_fields(DynMoEConfig):  # unset, the preset's value holds
         kind = (get_args(entry.type) or (entry.type,))[0]  # of `int | None`, int
         reading: dict[str, Any] = {"action": BooleanOptionalAction} if kind is bool else {"type": kind}

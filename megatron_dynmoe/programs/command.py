@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dynmoe import __version__
+from megatron_dynmoe.plugins import FLAG
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -27,6 +28,18 @@ def command_parser(description: str | None, *, example: str, defaults: bool = Fa
     parser = ArgumentParser(description=description, epilog=f"example:{lines}", formatter_class=form, **options)
     parser.add_argument("--version", action="version", version=f"megatron_dynmoe {__version__}")
     return parser
+
+
+def add_plugin_flag(parser: ArgumentParser) -> None:
+    """``--moe-plugin``, as the training entry has it; hand what is given to :func:`load_plugins`."""
+    parser.add_argument(
+        FLAG,
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="PACKAGE.MODULE",
+        help="import these modules, which register routers; installed plug-ins are found without",
+    )
 
 
 def examples() -> Path:

@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 from megatron_dynmoe.errors import one_sentence
-from megatron_dynmoe.programs.command import command_parser
+from megatron_dynmoe.plugins import load_plugins
+from megatron_dynmoe.programs.command import add_plugin_flag, command_parser
 
 DTYPES = ("float32", "bfloat16", "float16")  # those of hf.export, which takes a second to import
 EXAMPLE = "dynmoe-export --checkpoint SAVE --output exported --tokenizer-model tokenizer.model"
@@ -34,8 +35,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--vocab-size", type=int, help="tokens of the vocabulary (default: the tokenizer's)")
     parser.add_argument("--dtype", choices=DTYPES, help="default: as stored; routers are float32 always")
     parser.add_argument("--overwrite", action="store_true", help="replace --output if it is not empty")
+    add_plugin_flag(parser)
     args = parser.parse_args(argv)
     from megatron_dynmoe.hf.export import export
+
+    load_plugins(args.moe_plugin)
 
     # Like Ctrl-C: the folder being written is removed.
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -25,6 +25,7 @@ from megatron_dynmoe.errors import one_sentence
 from megatron_dynmoe.planning import Cluster, Histogram, PlanError, plan_all, to_markdown
 from megatron_dynmoe.planning.expect import Expectation, expect, row_of, table_of
 from megatron_dynmoe.planning.flags import add_model_flags, model_of, read_flags, words_of
+from megatron_dynmoe.plugins import load_plugins, named_in
 from megatron_dynmoe.programs.command import command_parser, examples
 
 EXAMPLE = """\
@@ -177,6 +178,7 @@ def main(argv: list[str] | None = None) -> int:
     first.add_argument("--metrics-file")
     known, _ = first.parse_known_args(argv)
     words = list(sys.argv[1:] if argv is None else argv)
+    load_plugins(named_in(words))  # before there are flags: methods bring their own
     cut = words.index("--") if "--" in words else len(words)
     defaults = read_flags(known.model) if known.model else None
     if defaults and known.metrics_file:

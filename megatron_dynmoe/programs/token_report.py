@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dynmoe.errors import one_sentence
-from megatron_dynmoe.programs.command import command_parser
+from megatron_dynmoe.plugins import load_plugins
+from megatron_dynmoe.programs.command import add_plugin_flag, command_parser
 from megatron_dynmoe.report.metrics_file import ReportError
 from megatron_dynmoe.report.token_costs import FREE_KINDS, TokenCosts, token_costs
 from megatron_dynmoe.report.token_page import PageHead, token_page
@@ -36,6 +37,7 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
     text.add_argument("--text-file", type=Path, help="a file with the text, in UTF-8")
     result.add_argument("--window", type=int, help="tokens to read at a time (default: the most the model can)")
     result.add_argument("--output", type=Path, required=True, help="the page; ends in .html")
+    add_plugin_flag(result)
     return result
 
 
@@ -235,6 +237,7 @@ def write(path: Path, page: str) -> None:
 def main(argv: list[str] | None = None, *, prog: str | None = None) -> int:
     """Parse, read, route, write; 1 with one sentence on stderr."""
     args = parser(prog).parse_args(argv)
+    load_plugins(args.moe_plugin)
     # Like Ctrl-C: the temporary export is removed.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
