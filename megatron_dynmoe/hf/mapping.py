@@ -45,7 +45,7 @@ def plan(checkpoint: DistCheckpoint, fields: dict[str, Any], vocab_size: int) ->
     pieces = [keys.piece(row) for row in table(fields, vocab_size)]
     if first_gate_map := unmapped(fields):
         keys.unused.add(f"decoder.layers.{first_gate_map[0]}.{first_gate_map[1]}")
-    keys.check_all_used(pieces, training_state(fields))
+    keys.check_all_used(pieces, training_state(checkpoint.args, fields))
     return pieces
 
 

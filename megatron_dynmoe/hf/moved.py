@@ -1,69 +1,73 @@
 """What controllers of a router keep in a checkpoint: settings that they moved, which an export takes as they stand."""
 
+from argparse import Namespace
 from typing import Any
 
 from megatron_dynmoe.checkpoint.reader import DistCheckpoint
+from megatron_dynmoe.routers import GATES, RULES
+from megatron_dynmoe.routers.registry import fields_of
 from megatron_dynmoe.routers.router_config import RouterConfig, exported_fields
+from megatron_dynmoe.routers.settings import dest_of_field
 
 from .errors import ExportError
-from .slots import RECORDS
 
 
 def router_config(fields: dict[str, Any]) -> RouterConfig:
     """What the router of an exported configuration was set by at the start."""
-    names = {name: field.name for name, field in _exported(fields).items()}
-    return RouterConfig(**{own: fields[name] for name, own in names.items() if name in fields})
+    return RouterConfig(**_values(fields))
 
 
-def training_state(fields: dict[str, Any]) -> set[str]:
-    """Names under which routers keep what is for training alone, or has become a moved setting."""
-    config = router_config(fields)
-    found = set(RECORDS)
-    for controller in _controllers(config):
-        found |= {*controller.sets, *controller(config, fields["num_experts"], fields["hidden_size"]).state()}
-    return found
+def training_state(args: Namespace, fields: dict[str, Any]) -> set[str]:
+    """Names under which the routers of a training kept what moves between steps; see :meth:`Controller.state`."""
+    config = _trained_config(args, fields)
+    columns = fields["num_experts"] + config.zero_computation_experts
+    return {name for kind in config.controllers for name in kind(config, columns, fields["hidden_size"]).state()}
 
 
 def moved_fields(checkpoint: DistCheckpoint, fields: dict[str, Any]) -> dict[str, Any]:
     """`moved_settings` of the configuration: by exported name a number for each layer; nothing if none was moved.
 
     Raises:
-        ExportError: a setting is moved in some layers only, is no single finite number, or has no place in an export.
+        ExportError: a setting is not there in each layer, or is no finite number.
     """
-    if not any(fields["moe_layers"]):
-        return {}
     exported = {field.name: name for name, field in _exported(fields).items()}
-    moved = {}
-    for name in dict.fromkeys(name for kind in _controllers(router_config(fields)) for name in kind.sets):
-        values = [
+    # A setting of losses or bounds acts while training alone.
+    names = [name for name in exported if name in _trained_config(checkpoint.args, fields).moving]
+    if not names or not any(fields["moe_layers"]):
+        return {}
+    moved = {
+        exported[name]: [
             _value(checkpoint, layer, name) if is_moe else None for layer, is_moe in enumerate(fields["moe_layers"])
         ]
-        there = [value is not None for value, is_moe in zip(values, fields["moe_layers"], strict=True) if is_moe]
-        if any(there) != all(there):
-            raise ExportError(f"{checkpoint.path} has router.{name}, which training moved, in some layers only.")
-        # A setting of losses or bounds acts while training alone.
-        if any(there) and name in exported:
-            moved[exported[name]] = values
-    return {"moved_settings": moved} if moved else {}
+        for name in names
+    }
+    return {"moved_settings": moved}
 
 
-def _value(checkpoint: DistCheckpoint, layer: int, name: str) -> float | None:
-    """The setting in one layer; `None` where its controller was off."""
+def _value(checkpoint: DistCheckpoint, layer: int, name: str) -> float:
     own, stacked = f"decoder.layers.{layer}.mlp.router.{name}", f"decoder.layers.mlp.router.{name}"
     if own not in checkpoint.shapes and stacked not in checkpoint.shapes:
-        return None
+        raise ExportError(f"{checkpoint.path} has no {own}, the setting as its controller left it.")
     value = checkpoint.read(own) if own in checkpoint.shapes else checkpoint.read(stacked, (layer,))
     if value.numel() != 1 or not value.isfinite():
-        raise ExportError(f"router.{name} of layer {layer} in {checkpoint.path} is {value.tolist()}, no finite number.")
+        raise ExportError(f"{own} in {checkpoint.path} is {value.tolist()}; it must be a finite number.")
     return value.item()
 
 
-def _controllers(config: RouterConfig) -> list[Any]:
-    return [method.controller for method in config.methods if method.controller is not None]
+def _trained_config(args: Namespace, fields: dict[str, Any]) -> RouterConfig:
+    """The same as :func:`router_config`, with what gate and rule read while training alone."""
+    values = _values(fields)
+    methods = (GATES[values["gate"]], RULES[values["rule"]]) if hasattr(args, "moe_rule") else ()
+    for field in (field for method in methods for field in fields_of(method)):
+        values.setdefault(field.name, getattr(args, dest_of_field(field), field.default))
+    return RouterConfig(**values)
+
+
+def _values(fields: dict[str, Any]) -> dict[str, Any]:
+    values = {field.name: fields[name] for name, field in _exported(fields).items() if name in fields}
+    return {"gate": RouterConfig.gate, "rule": RouterConfig.rule} | values
 
 
 def _exported(fields: dict[str, Any]) -> dict[str, Any]:
-    from megatron_dynmoe.routers import GATES, RULES
-
     gate, rule = fields.get("router_gate", RouterConfig.gate), fields.get("router_rule", RouterConfig.rule)
     return exported_fields(GATES[gate], RULES[rule], own=True)

@@ -67,7 +67,7 @@ def test_the_files_are_the_librarys_but_for_import_lines(gate: str, rule: str) -
     [
         ("softmax", "top-p", {"softmax", "top_p"}),
         ("tanh", "top-k", {"tanh", "softmax", "top_k"}),  # its settings and loss are softmax's
-        ("cosine", "top-any", {"cosine", "top_any", "auxiliary"}),
+        ("cosine", "top-any", {"cosine", "top_any", "auxiliary", "adaptation"}),
         ("biased", "floor", {"a_method", "a_helper"}),
     ],
 )
@@ -156,21 +156,18 @@ def test_a_setting_that_training_moved_is_exported_as_it_stands(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "sentence"),
+    ("weights", "sentence"),
     [
-        ("decoder.layers.mlp.router.floor", torch.tensor([0.1, float("nan")]), "floor of layer 1 .* no finite number"),
-        ("decoder.layers.mlp.router.floor", None, None),
-        ("decoder.layers.mlp.router.other", torch.zeros(2), "knows no place for decoder.layers.mlp.router.other"),
+        ({"floor": torch.tensor([0.1, float("nan")])}, "1.mlp.router.floor .* must be a finite number"),
+        ({"floor": torch.zeros(2, 3)}, "0.mlp.router.floor .* must be a finite number"),
+        ({}, "has no decoder.layers.0.mlp.router.floor, the setting as its controller left it"),
+        ({"floor": torch.zeros(2), "other": torch.zeros(2)}, "no place for decoder.layers.mlp.router.other"),
     ],
 )
-def test_state_of_controllers_is_read_or_refused(tmp_path: Path, key: str, value, sentence: str | None) -> None:
+def test_state_of_controllers_is_read_or_refused(tmp_path: Path, weights: dict, sentence: str) -> None:
     args = Namespace(**(ARGS | {"moe_rule": "floor", "moe_floor": 0.3}))
-    weights = megatron_weights(args) | ({} if value is None else {key: value})
-    save = write_checkpoint(tmp_path / "save", args, weights)
-    if sentence is None:  # the controller was off
-        export(save, tmp_path / "out", progress=False)
-        assert json.loads((tmp_path / "out/config.json").read_text())["moved_settings"] is None
-        return
+    weights = {f"decoder.layers.mlp.router.{name}": value for name, value in weights.items()}
+    save = write_checkpoint(tmp_path / "save", args, megatron_weights(args) | weights)
     with pytest.raises(CheckpointError, match=sentence):
         export(save, tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
