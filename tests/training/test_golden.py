@@ -26,7 +26,7 @@ NAMES += ("experts per token", "active experts", "zero tokens", "copy tokens", "
 
 def lines(preset: str, folder: Path) -> list[str]:
     """What the last rank says of each iteration: ``preset iteration name value``, a number a line."""
-    model = MODEL[: MODEL.index("--moe-preset")] + ["--moe-z-loss-coeff", "1e-3", "--moe-preset", preset]
+    model = [*MODEL[: MODEL.index("--moe-preset")], "--moe-z-loss-coeff", "1e-3", "--moe-preset", preset]
     words = [*model, *PRESETS[preset], *LAYOUTS["ep2"][1].split(), "--exit-interval", str(ITERATIONS)]
     output = ranks.call(ranks.pretrain, words, ranks=2, folder=folder).output(1)
     found = []
