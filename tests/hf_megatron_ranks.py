@@ -67,7 +67,7 @@ CASES = {
             learned_thresholds=True,
             threshold_keep_best=False,
             normalize_weights=True,
-        ),  # fmt: skip
+        ),
     ),
 }
 

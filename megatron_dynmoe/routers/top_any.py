@@ -67,7 +67,7 @@ class TopAny(Settings):
     def check_columns(self, config: RouterConfig, experts: int) -> None:
         """As many slots as are to be active."""
         fits = self.initial_experts is None or self.initial_experts <= experts
-        self.require("initial_experts", fits, f"at most {experts}, the slots of --num-experts")
+        self.require("initial_experts", fits, f"at most {experts}, as --num-experts {experts} are the slots")
 
 
 def gate_shares(weights_TE: Tensor) -> Tensor:

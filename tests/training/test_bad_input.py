@@ -40,7 +40,11 @@ def test_experts_not_divisible(tmp_path):
 
 def test_more_initial_experts_than_slots(tmp_path):
     message = refused(tmp_path, "--moe-preset", "dynmoe", "--moe-initial-experts", "5")
-    assert "--moe-initial-experts is 5" in message and "--num-experts 4" in message and "at most 4" in message
+    assert (
+        "--moe-initial-experts (DynMoEConfig.initial_experts) is 5" in message
+        and "--num-experts 4" in message
+        and "at most 4" in message
+    )
 
 
 def test_a_window_that_never_ends(tmp_path):

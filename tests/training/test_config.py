@@ -10,7 +10,7 @@ from megatron_dynmoe.losses import Totals
 from megatron_dynmoe.ranges import Range
 from megatron_dynmoe.routers import GATES, RULES, route
 from megatron_dynmoe.routers.auxiliary import router_losses
-from megatron_dynmoe.routers.registry import Routed
+from megatron_dynmoe.routers.registry import Routed, fields_of, methods
 from megatron_dynmoe.routers.router_config import all_fields
 
 TOP_ANY = {"gate": "cosine", "rule": "top-any"}
@@ -94,6 +94,9 @@ BESIDE |= dict.fromkeys(("initial_experts", "record_from", "update_at", "max_add
 BESIDE |= {"topk": {"rule": "top-k"}, "update_period": TOP_ANY | {"record_from": 0, "update_at": 1}}
 BESIDE |= {name: {"capacity_gamma": 1e6} for name in ("tau", "copy_experts")}
 
+# Else a method that reads it, for a method's own.
+READERS = {field.name: {kind: name} for kind, name, method in methods() for field in fields_of(method)}
+
 
 def works(config):
     """Route eight tokens with it, forward and backward: all is finite."""
@@ -116,7 +119,7 @@ def works(config):
 @pytest.mark.parametrize("name", NUMERIC)
 def test_no_number_is_nonsense_and_accepted(name):
     """Each nonsense value is one sentence or works; and so do both ends of what is accepted."""
-    range_, beside = NUMERIC[name], BESIDE.get(name, {})
+    range_, beside = NUMERIC[name], BESIDE.get(name, READERS.get(name, {}))
     refused = 0
     for value in [*NONSENSE, range_.least, range_.most]:
         try:
