@@ -1,7 +1,8 @@
 """Controllers in training: every layout counts each token once and moves the setting as one rank does.
 
-A relay as in test_adaptive_parallel.py: each leg loads what the one before saved, in another layout.  The second relay is
-float16 with a loss scale that overflows, so that the optimizer skips steps, over layers that are stacked in a checkpoint.
+A relay as in test_adaptive_parallel.py: each leg loads what the one before saved, in another layout.  The second relay
+is float16 with a loss scale that overflows, so that the optimizer skips steps, over layers that are stacked in a
+checkpoint.
 """
 
 import gc
@@ -32,7 +33,7 @@ HALF = "--fp16 --initial-loss-scale 16777216 --hysteresis 1 --loss-scale-window 
 
 
 def pretrain(argv, out):
-    """The training entry with both controllers; their states when the first step begins and at the end go to ``out``."""
+    """The training entry with both controllers; their states before the first step and at the end go to ``out``."""
     from megatron.core.rerun_state_machine import RerunMode
     from megatron.training import initialize
 
