@@ -101,11 +101,11 @@ def moe_token_bytes(model: Model) -> int:
     """Bytes a token of an MoE layer's input, router and zero-computation experts, without a shared expert.
 
     The router keeps its input in the model's dtype (routers/linear.py), and zero-computation experts theirs, which is
-    another tensor where logits stand beside the hidden states or the input is scaled.
+    another tensor where the input is scaled.
     """
     routing, columns = model.routing, model.columns
     free = routing.zero_computation_experts
-    inputs = 2 if free and (routing.gating_residual or routing.expert_input_scale != 1) else 1
+    inputs = 2 if free and routing.expert_input_scale != 1 else 1
     # float32 values of each column (4), maps (1)
     kept = 13 if routing.gate == "cosine" else 5  # scores and map; cosine: logits and margins as well
     kept += 4 * TANH_UNITS if routing.gate == "tanh" else 0
