@@ -219,7 +219,9 @@ def row(name: str, layer: Any, x: Any, shape: Shape, seconds: list[float], dtype
     import torch
 
     with torch.no_grad():
-        rows = int(layer.router(x)[1].sum())
+        routing = layer.router(x)
+        map_TE = routing[1] if isinstance(routing, tuple) else routing.map_TE  # megatron-core's router, or ours
+        rows = int(map_TE.sum())
     median = statistics.median(seconds)
     return {
         "layer": name,

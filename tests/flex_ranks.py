@@ -72,17 +72,15 @@ def results(layer, x, previous=None) -> list[torch.Tensor]:
     set_moe_metrics_tracker(tracker := RoutingTracker(num_layers=1, num_experts=E, free=kinds))
     leaves = [x, *layer.parameters()] + ([] if previous is None else [previous])
     layer.train()
-    layer.previous = previous
-    out, _ = layer(x)
-    whole = out if layer.carried is None else torch.cat([out, layer.carried], dim=-1)
+    out, _, *logits = layer(x, previous=previous)
+    whole = torch.cat([out, *logits], dim=-1)
     upstream = torch.randn(whole.shape, generator=torch.Generator().manual_seed(3 + dist.get_rank()))
     gradients = torch.autograd.grad((whole * upstream.to(whole)).sum(), leaves, allow_unused=True)
     losses = [entry.values for _, entry in sorted(tracker.metrics.items())]
     counted = [tracker.stats.counts.clone(), torch.tensor([int(tracker.stats.traffic.rows)])]
     layer.eval()
-    layer.previous = previous
     with torch.no_grad():
-        still, _ = layer(x)
+        still, *_ = layer(x, previous=previous)
     return [whole, still, *counted, *losses, *(torch.zeros(()) if grad is None else grad for grad in gradients)]
 
 
@@ -171,7 +169,7 @@ def routed(map_TE, W):
     """A router's decision with that map; weights depend on the input, and one of them is exactly 0, as by underflow."""
     from megatron_dynmoe.routers.routing import Routing
 
-    def routing(x_TD):
+    def routing(x_TD, previous_TC=None):
         scores = (x_TD @ W).sigmoid()
         weights = torch.where(map_TE, scores, 0.0)
         zero = (torch.arange(weights.numel()) == 3).view_as(weights)
@@ -204,13 +202,13 @@ def check_cap() -> None:
 
     setup()
     layer = _filled(_layer(_config(**EP2, **flex("deepep")), DynMoEConfig(top_p=1.0, max_experts_per_token=2)))
-    manager = layer.token_dispatcher._comm_manager
+    manager = type(layer.token_dispatcher._comm_manager)
     seen = []
     setup_metadata = manager.setup_metadata
 
-    def watched(*args):
-        setup_metadata(*args)
-        seen.append((manager.token_indices, manager.token_probs))
+    def watched(copied, *args):
+        setup_metadata(copied, *args)
+        seen.append((copied.token_indices, copied.token_probs))
 
     manager.setup_metadata = watched
     x, _ = inputs(layer)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.layer_quick import start_megatron
+from megatron_dynmoe.routers.routing import Routing
 
 __all__ = ["build", "has_te", "start_megatron", "torch_layer"]
 
@@ -138,5 +139,7 @@ def uneven(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def routed(layer: Any, choose: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor) -> None:
     """From now on the layer's router answers with what ``choose`` makes of ``x``."""
-    answer = choose(x)
+    weights, chosen = choose(x)
+    none = torch.zeros((), dtype=torch.int64, device=x.device)
+    answer = Routing(weights, chosen, weights.detach(), weights.detach(), E, none, none)
     layer.router.forward = lambda *args, **kwargs: answer

@@ -12,6 +12,8 @@ pair (:mod:`per_rank`).  Nothing is padded and nothing dropped: every size comes
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch.distributed as dist
 from torch import Tensor
 
@@ -23,7 +25,25 @@ from megatron_dynmoe.routing import RoutePlan
 
 TRANSPORTS: dict[str, type[Transport]] = {"expert": PerExpertTransport, "rank": PerRankTransport}
 
-__all__ = ["TRANSPORTS", "Transport", "choose_unit", "combine", "dispatch", "leaves_node"]
+__all__ = ["TRANSPORTS", "Transport", "WayBack", "choose_unit", "combine", "dispatch", "leaves_node"]
+
+
+@dataclass(frozen=True)
+class WayBack:
+    """What :func:`combine` needs of a dispatch.
+
+    Attributes:
+        transport: along whose plan the rows came.
+        origin_N: as :meth:`Transport.unpack` gave it.
+    """
+
+    transport: Transport
+    origin_N: Tensor | None
+
+    @property
+    def splits(self) -> tuple[list[int], list[int]]:
+        """Rows on the wire: (received from, sent to) each expert-parallel rank."""
+        return self.transport.splits
 
 
 def dispatch(
@@ -33,7 +53,7 @@ def dispatch(
     group: dist.ProcessGroup | None = None,
     *,
     unit: str = "expert",
-) -> tuple[Tensor, Tensor, Transport]:
+) -> tuple[Tensor, Tensor, WayBack]:
     """Hidden states to the rows that this rank's experts compute.
 
     Args:
@@ -44,18 +64,20 @@ def dispatch(
         unit: "expert" or "rank".
 
     Returns:
-        rows [N, D] ordered by local expert, their weights [N], and the transport that :func:`combine` takes.
+        rows [N, D] ordered by local expert, their weights [N], and the way back that :func:`combine` takes.
     """
     transport = TRANSPORTS[unit](plan, group=group)
     rows, weights = transport.start(*transport.pack(x_TD, weights_TE)).wait()
-    return *transport.unpack(rows, weights), transport
+    rows, weights, origin_N = transport.unpack(rows, weights)
+    return rows, weights, WayBack(transport, origin_N)
 
 
-def combine(rows_ND: Tensor, transport: Transport, num_tokens: int, onto_TD: Tensor | None = None) -> Tensor:
+def combine(rows_ND: Tensor, back: WayBack, num_tokens: int, onto_TD: Tensor | None = None) -> Tensor:
     """The experts' weighted outputs back to [T, D], summed over each token's experts.
 
     Args:
         onto_TD: the output of experts that needed no row, which the sums are added to; it may be overwritten.
     """
-    (rows,) = transport.start_back(transport.repack(rows_ND)).wait()
+    transport = back.transport
+    (rows,) = transport.start_back(transport.repack(rows_ND, back.origin_N)).wait()
     return transport.unpack_back(rows, num_tokens, onto_TD)

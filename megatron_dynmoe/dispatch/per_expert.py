@@ -35,16 +35,16 @@ class PerExpertTransport(Transport):
         weights_N = gather_rows(weights_TE.reshape(-1), token_N * weights_TE.shape[1] + expert_N)
         return gather_rows(x_TD, token_N), weights_N
 
-    def unpack(self, rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    def unpack(self, rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, None]:
         """Gather over the expert-tensor-parallel group, then chunks by sender become chunks by expert."""
         sizes = self.plan.gathered_splits("expert")
         if len(sizes) > 1:
             rows, weights = gather_over(rows, sizes, self.tensor_group), gather_over(weights, sizes, self.tensor_group)
         if self.sort_chunks is not None and rows.shape[0] and _mixed(self.plan):
-            return _sort(self.sort_chunks, rows, self.plan.rows_PRL.flatten(0, 1), weights)
-        return group_by_expert(rows, self.plan), group_by_expert(weights, self.plan)
+            return *_sort(self.sort_chunks, rows, self.plan.rows_PRL.flatten(0, 1), weights), None
+        return group_by_expert(rows, self.plan), group_by_expert(weights, self.plan), None
 
-    def repack(self, rows_ND: Tensor) -> Tensor:
+    def repack(self, rows_ND: Tensor, origin_N: Tensor | None = None) -> Tensor:
         """Back to the order of arrival; summed over the expert-tensor-parallel group."""
         if self.sort_chunks is not None and rows_ND.shape[0] and _mixed(self.plan):
             rows, _ = _sort(self.sort_chunks, rows_ND, self.plan.rows_PRL.flatten(0, 1).t(), None)

@@ -31,21 +31,22 @@ class PerRankTransport(Transport):
         weights_ML = gather_rows(weights_TE.view(tokens * ranks, experts // ranks), token_M * ranks + rank_M)
         return gather_rows(x_TD, token_M), weights_ML
 
-    def unpack(self, rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    def unpack(self, rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Copy each row to the local experts it visits: rows [N, D] by expert, then sender and token."""
         sizes = self.plan.gathered_splits("rank")
         if len(sizes) > 1:
             rows, weights = gather_over(rows, sizes, self.tensor_group), gather_over(weights, sizes, self.tensor_group)
         chosen_ML = weights.detach() != -torch.inf
-        self._arrived = rows.shape[0]
         index_N2 = torch.nonzero_static(chosen_ML.t(), size=sum(self.plan.rows_per_expert_L))
-        expert_N, self._row_N = index_N2.unbind(dim=1)
-        weights_N = gather_rows(weights.reshape(-1), self._row_N * weights.shape[1] + expert_N)
-        return gather_rows(rows, self._row_N), weights_N
+        expert_N, origin_N = index_N2.unbind(dim=1)
+        weights_N = gather_rows(weights.reshape(-1), origin_N * weights.shape[1] + expert_N)
+        return gather_rows(rows, origin_N), weights_N, origin_N
 
-    def repack(self, rows_ND: Tensor) -> Tensor:
+    def repack(self, rows_ND: Tensor, origin_N: Tensor | None) -> Tensor:
         """Sum the outputs of the local experts for each row that arrived, in float32."""
-        rows, sizes = scatter_rows(rows_ND, self._row_N, self._arrived), self.plan.gathered_splits("rank")
+        assert origin_N is not None, "rows that were copied go back to where unpack() took them from"
+        sizes = self.plan.gathered_splits("rank")
+        rows = scatter_rows(rows_ND, origin_N, sum(sizes))
         return reduce_scatter_over(rows, sizes, self.tensor_group) if len(sizes) > 1 else rows
 
     def unpack_back(self, rows: Tensor, num_tokens: int, onto_TD: Tensor | None = None) -> Tensor:

@@ -28,7 +28,7 @@ class Flight:
 
 
 class Transport(ABC):
-    """One dispatch and its combine along one plan.
+    """The moves of one dispatch and its combine along one plan; what one gives, the next takes, nothing is kept.
 
     Args:
         plan: the counts.
@@ -66,12 +66,17 @@ class Transport(ABC):
         return Flight(tuple(Exchange(tensor, received, sent, self.group) for tensor in (rows, weights)))
 
     @abstractmethod
-    def unpack(self, rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """What arrived to rows [N, D] ordered by local expert and their weights [N]."""
+    def unpack(self, rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What arrived to rows by local expert, and what :meth:`repack` needs of them.
+
+        Returns:
+            rows [N, D] ordered by local expert; their weights [N]; int64 [N], the arrived row that each is a copy of,
+            or ``None`` where the plan says it.
+        """
 
     @abstractmethod
-    def repack(self, rows_ND: Tensor) -> Tensor:
-        """The experts' outputs to rows [M, D] in the order of arrival."""
+    def repack(self, rows_ND: Tensor, origin_N: Tensor | None) -> Tensor:
+        """The experts' outputs to rows [M, D] in the order of arrival; ``origin_N`` as :meth:`unpack` gave it."""
 
     def start_back(self, rows: Tensor) -> Flight:
         """Send outputs back to where their tokens live."""

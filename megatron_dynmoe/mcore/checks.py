@@ -43,7 +43,7 @@ def check_config(config: TransformerConfig, dynmoe: DynMoEConfig) -> None:
     dynmoe.check_columns(experts)
     _check_adaptation(config, dynmoe)
     _check_shared_expert(config, dynmoe)
-    _check_local(config, dynmoe)
+    _check_schedule(config, dynmoe)
     if dynmoe.gating_residual:
         _check_carry(config)
     check_balancing(config.moe_router_load_balancing_type)
@@ -108,14 +108,10 @@ def _check_shared_expert(config: TransformerConfig, dynmoe: DynMoEConfig) -> Non
         refuse("moe_shared_expert_overlap", True, reason, "leave it off with --moe-residual")
 
 
-def _check_local(config: TransformerConfig, dynmoe: DynMoEConfig) -> None:
-    local = {"moe_residual": dynmoe.residual, "moe_zero_experts": bool(dynmoe.zero_computation_experts)}
-    local |= {"moe_gating_residual": dynmoe.gating_residual}
-    if config.overlap_moe_expert_parallel_comm:
-        for name, wanted in local.items():
-            if wanted:
-                reason = "a layer that computes two micro-batches at once would mix up what it keeps between its parts"
-                refuse(name, True, reason, "leave --overlap-moe-expert-parallel-comm off")
+def _check_schedule(config: TransformerConfig, dynmoe: DynMoEConfig) -> None:
+    if config.overlap_moe_expert_parallel_comm and dynmoe.gating_residual:
+        reason = "the schedule calls the parts of a layer, and hands hidden states alone from layer to layer"
+        refuse("moe_gating_residual", True, reason, "leave --overlap-moe-expert-parallel-comm off")
 
 
 def _check_carry(config: TransformerConfig) -> None:

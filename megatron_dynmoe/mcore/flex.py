@@ -16,6 +16,7 @@ Counts of rows stay on the device: beside that look nothing here waits for it bu
 
 from __future__ import annotations
 
+import copy
 import weakref
 from typing import Any
 
@@ -33,12 +34,13 @@ from megatron_dynmoe.config import DynMoEConfig
 from megatron_dynmoe.dispatch.align import align_rows, aligned_sizes, unalign_rows
 from megatron_dynmoe.mcore.flex_checks import NEITHER, check_layout, check_tokens, most_experts, ranks_per_node
 from megatron_dynmoe.mcore.tracker import RoutingTracker
+from megatron_dynmoe.mcore.way import OneCopyAPass
 from megatron_dynmoe.metrics import Traffic
 from megatron_dynmoe.units import weight_bytes, wire_bytes
 
 
-class FlexDispatcher(MoEFlexTokenDispatcher):
-    """megatron-core's flex dispatcher over the managers of this file.
+class FlexDispatcher(OneCopyAPass, MoEFlexTokenDispatcher):
+    """megatron-core's flex dispatcher over the managers of this file; a pass of a layer has copies of both.
 
     Raises:
         ConfigError: ranks or experts that the library cannot serve; see :mod:`megatron_dynmoe.mcore.flex_checks`.
@@ -54,7 +56,6 @@ class FlexDispatcher(MoEFlexTokenDispatcher):
         dynmoe: DynMoEConfig,
     ) -> None:
         super().__init__(num_local_experts, local_expert_indices, config=config, pg_collection=pg_collection)
-        self.shared_input: Tensor | None = None  # [S, B, D]: what overlapped shared experts see; the layer sets it
         self._watches = False  # whether this dispatcher compares the ranks' numbers of tokens
         layout: dict[str, Any] = {
             "group": self.tp_ep_group,
@@ -74,8 +75,20 @@ class FlexDispatcher(MoEFlexTokenDispatcher):
             self._comm_manager = HybridEPManager(**layout)
             self._beside = weight_bytes("rank", num_local_experts) * ranks_per_node(self.tp_ep_group)
 
-    def dispatch_preprocess(self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+    # [S, B, D]: what overlapped shared experts see, which lives until they are done
+    _shared_input: Tensor | None = None
+
+    def copied(self) -> FlexDispatcher:
+        """For one pass: the manager keeps its handle and counts."""
+        own = copy.copy(self)
+        own._comm_manager = copy.copy(self._comm_manager)
+        return own
+
+    def dispatch_preprocess(
+        self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor, *, shared_input: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Look at the number of tokens, count the rows, and hand map and weights to the library's manager."""
+        self._shared_input = hidden_states if shared_input is None else shared_input
         if self._watches:
             check_tokens(routing_map.shape[0], self.tp_ep_group, self.config, routing_map.device)
         if self.most < routing_map.shape[1]:  # a router of the user's own need not hold the bound
@@ -102,20 +115,21 @@ class FlexDispatcher(MoEFlexTokenDispatcher):
         async_finish: bool = True,
         allocate_on_comm_stream: bool = True,
     ) -> tuple[Tensor, Tensor]:
-        """megatron-core's; overlapped shared experts see ``shared_input``, which lives until they are done."""
+        """megatron-core's; overlapped shared experts see ``shared_input``."""
         if self.shared_experts is None:
             return super().token_dispatch(hidden_states, probs, async_finish, allocate_on_comm_stream)
         self.shared_experts.wait_current_stream()
         rows = self._comm_manager.dispatch(hidden_states, async_finish, allocate_on_comm_stream)
-        self.shared_input = (hidden_states if self.shared_input is None else self.shared_input).view_as(hidden_states)
-        self.shared_experts.pre_forward_comm(self.shared_input, wait_current_stream=False)
+        assert self._shared_input is not None, "dispatch_preprocess() comes first"
+        self._shared_input = self._shared_input.view_as(hidden_states)
+        self.shared_experts.pre_forward_comm(self._shared_input, wait_current_stream=False)
         self.shared_experts.linear_fc1_forward_and_act(rows)
         return rows, self._comm_manager.dispatched_probs
 
     def combine_postprocess(self, hidden_states: Tensor) -> Tensor:
         """megatron-core's: [T, D] to [S, B, D], plus the overlapped shared experts."""
         out = super().combine_postprocess(hidden_states)
-        self.shared_input = None
+        self._shared_input = None
         return out
 
 

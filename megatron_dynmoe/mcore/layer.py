@@ -1,11 +1,14 @@
-"""The dynamic MoE layer: megatron-core's layer with our router and an exact dispatcher."""
+"""The dynamic MoE layer: megatron-core's layer with our router, one straight forward, and an exact dispatcher."""
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
-import torch
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core import tensor_parallel
+from megatron.core.transformer.enums import CudaGraphModule
+from megatron.core.transformer.moe import moe_layer
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -16,20 +19,17 @@ from megatron_dynmoe.mcore.dispatcher import VariableKAllToAllDispatcher
 from megatron_dynmoe.mcore.experts import TorchGroupedMLP
 from megatron_dynmoe.mcore.flex import FlexDispatcher
 from megatron_dynmoe.mcore.fp8_experts import Fp8GroupedMLP
-from megatron_dynmoe.mcore.free_experts import ZeroComputationExperts
+from megatron_dynmoe.mcore.hooks import LayerHooks
 from megatron_dynmoe.mcore.mixer import Mixer
-from megatron_dynmoe.routers.channels import pack, unpack
+from megatron_dynmoe.mcore.way import AllGatherDispatcher
+from megatron_dynmoe.mcore.zero_computation import ZeroComputationExperts
 
 
-class DynMoELayer(MoELayer):
+class DynMoELayer(LayerHooks):
     """Drop-in for :class:`megatron.core.transformer.moe.moe_layer.MoELayer`; tokens visit different numbers of experts.
 
-    The forward pass is megatron-core's: route, dispatch, experts, combine, plus shared experts.  With our dispatcher
-    two things move: the counts leave as soon as the map exists, and what needs no communication
-    (:meth:`local_compute`) runs while the rows travel.
-
-    With a gating residual the previous MoE layer's logits are channels of the hidden tensor inside this layer, so that
-    recompute of the layer sees them as an input and hands its own on as an output (:mod:`megatron_dynmoe.mcore.carry`).
+    A pass is :meth:`tokens`, from top to bottom; what one step makes, the next takes, and nothing of it is kept on the
+    layer.  Callers of megatron-core's six hooks find them in :mod:`megatron_dynmoe.mcore.hooks`.
 
     Args:
         dynmoe: what ``submodules.router`` was built with; checked against ``config``.
@@ -51,12 +51,8 @@ class DynMoELayer(MoELayer):
         pg_collection = pg_collection or get_default_pg_collection()
         super().__init__(config, submodules, *args, pg_collection=pg_collection, **kwargs)
         self.dynmoe = dynmoe
-        self._hidden: Tensor | None = None
-        self._local: Tensor | None = None
-        self._free: Tensor | None = None
-        # With a gating residual: the previous MoE layer's logits and this one's, as channels.
-        self.previous: Tensor | None = None
-        self.carried: Tensor | None = None
+        # The router's part is then replayed from a CUDA graph, and the rest resumes behind it.
+        self.captured = config.cuda_graph_impl != "none" and CudaGraphModule.moe_router in config.cuda_graph_modules
         if dynmoe.gating_residual:  # in the first MoE layer too: layers that are alike are stacked in a checkpoint
             self.router.add_learned("gate_map", (self.router.columns, self.router.columns))
         self.mixer = Mixer(config) if dynmoe.residual else None
@@ -86,111 +82,107 @@ class DynMoELayer(MoELayer):
                 module.cuda()
 
     def _set_dispatcher(self, config: TransformerConfig, pg_collection: Any) -> None:
-        """Ours in the place of megatron-core's; but allgather's, which takes ragged maps as it is."""
+        """Ours in the place of megatron-core's."""
         arguments = self.num_local_experts, self.local_expert_indices, config, pg_collection
         if config.moe_token_dispatcher_type == "alltoall":
             self.token_dispatcher = VariableKAllToAllDispatcher(*arguments, unit=self.dynmoe.dispatch_unit)
-            if config.cuda_graph_impl == "none":  # a captured router could not leave a collective unfinished
-                self.router.on_map = self.token_dispatcher.begin
             self.token_dispatcher.counts_on_device = isinstance(self.experts, TorchGroupedMLP)
         elif config.moe_token_dispatcher_type == "flex":
             self.token_dispatcher = FlexDispatcher(*arguments, dynmoe=self.dynmoe)
+        else:
+            self.token_dispatcher = AllGatherDispatcher(*arguments)
         if self.use_shared_expert and self.shared_expert_overlap:
             self.token_dispatcher.set_shared_experts(self.shared_experts)
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """megatron-core's forward pass; with a gating residual on the hidden states and logits side by side."""
-        if not self.dynmoe.gating_residual:
-            return super().forward(hidden_states, *args, **kwargs)
-        previous, self.previous = self.previous, None
-        if previous is not None:
-            hidden_states = torch.cat([hidden_states, previous], dim=-1)
-        output, bias = super().forward(hidden_states, *args, **kwargs)
-        width = self.config.hidden_size
-        self.carried = output[..., width:]
-        return output[..., :width].contiguous(), bias
+    def forward(
+        self,
+        hidden_states: Tensor,
+        intermediate_tensors: Any = None,
+        padding_mask: Tensor | None = None,
+        *,
+        previous: Tensor | None = None,
+    ) -> Any:
+        """One pass, recomputed in the backward pass if the configuration says so.
 
-    def _narrow(self, hidden_states: Tensor) -> Tensor:
-        width = self.config.hidden_size
-        return hidden_states if hidden_states.shape[-1] == width else hidden_states[..., :width].contiguous()
+        Args:
+            hidden_states: [S, B, D], this rank's share of the sequence.
+            intermediate_tensors: of megatron-core, which runs parts of the layer with them.
+            padding_mask: bool [B, S], True for padding, which is routed but counts in no loss or statistic.
+            previous: with a gating residual, the previous MoE layer's logits, float32 [S, B, C].
 
-    def route(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Weights [T, E] float32 and map [T, E] bool; a gating residual gets the logits beside the hidden states."""
-        if self.dynmoe.gating_residual:
-            self.router.previous_TC = self._previous(hidden_states[..., self.config.hidden_size :])
-        weights, routing_map = super().route(self._narrow(hidden_states), padding_mask)
-        self.router.previous_TC = None
-        return weights, routing_map
+        Returns:
+            [S, B, D] and ``None``, a bias; and where ``previous`` was given, this layer's logits, float32 [S, B, C].
 
-    def _previous(self, channels: Tensor) -> Tensor:
-        if channels.shape[-1] > 0:
-            return unpack(channels.reshape(-1, channels.shape[-1]))
-        # The first MoE layer: zeros, so that its map is part of the graph, which overlapped gradient reduction wants.
-        tokens = channels.shape[0] * channels.shape[1]
-        return torch.zeros(tokens, self.router.columns, device=channels.device)
-
-    def preprocess(self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor) -> tuple[Tensor, Tensor]:
-        """What the experts see: the hidden states alone, scaled if the configuration says so; shared ones unscaled."""
-        hidden_states = self._narrow(hidden_states)
-        if self.shared_expert_overlap:
-            self.token_dispatcher.shared_input = hidden_states
-        return super().preprocess(self._expert_input(hidden_states), probs, routing_map)
-
-    def _expert_input(self, hidden_states: Tensor) -> Tensor:
-        scale = self.dynmoe.expert_input_scale
-        return hidden_states if scale == 1 else hidden_states * scale
-
-    @property
-    def _defers(self) -> bool:
-        # CUDA graphs of the router's part, and the schedule that interleaves two micro-batches, take the shared
-        # experts' output as a result of the router's part: not deferred then.
-        ours = isinstance(self.token_dispatcher, VariableKAllToAllDispatcher)
-        plain = self.config.cuda_graph_impl == "none" and not self.config.overlap_moe_expert_parallel_comm
-        return ours and plain
-
-    def local_compute(self, hidden_states: Tensor) -> Tensor | None:
-        """What needs no other rank, [S, B, D] to [S, B, D] or ``None``: shared and zero-computation experts.
-
-        It runs between the start and the end of the dispatch. Override to add to it.
+        Raises:
+            ValueError: tensor without sequence parallelism in training; as megatron-core's layer.
         """
-        if self.free_experts is not None:
-            self._free = self.free_experts(self._expert_input(hidden_states), self.router.weights_TZ)
-        return super().shared_experts_compute(hidden_states)
+        if self.captured or intermediate_tensors is not None:
+            return super().forward(hidden_states, intermediate_tensors, padding_mask)
+        if self.training and self.attn_tp_group.size() > 1 and not self.config.sequence_parallel:
+            raise ValueError("training with tensor parallelism and experts needs sequence parallelism as well.")
+        mask_SB = None if padding_mask is None else padding_mask.transpose(0, 1).bool()
+        if self.moe_layer_recompute and self.training:
+            output, logits = self._recomputed(hidden_states, previous, mask_SB)
+        else:
+            output, logits = self.tokens(hidden_states, previous, mask_SB)
+        return (output, None) if previous is None else (output, None, logits)
 
-    def shared_experts_compute(self, hidden_states: Tensor) -> Tensor | None:
-        """Deferred to :meth:`dispatch` where the dispatch has two halves."""
-        self._hidden = self._narrow(hidden_states)
-        return None if self._defers else super().shared_experts_compute(self._hidden)
+    def tokens(self, hidden: Tensor, previous: Tensor | None, mask_SB: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The whole pass as a function of tensors: hidden states [S, B, D] to the output, and this layer's logits."""
+        # 1. Route. The counts of rows leave as soon as the map exists, before losses and statistics are computed.
+        counts = cache(lambda map_TC: self.token_dispatcher.begin(map_TC[:, : self.config.num_moe_experts]))
+        routing = self.router(hidden, previous, mask_SB, counts)
+        # 2. Send each token's rows to the ranks of its experts.
+        x = self.expert_input(hidden)
+        sent = self.token_dispatcher.send(self._delay_weights(x), routing, counts(routing.map_TC), shared_input=hidden)
+        # 3. Meanwhile compute what needs no other rank.
+        shared, onto = self.local_compute(hidden, x, routing.weights_TZ)
+        # 4. The experts, on the rows that have arrived.
+        rows, sizes, weights, arrived = sent.arrive()
+        rows, _ = self.experts(self._mark_experts(rows), sizes, weights)
+        # 5. Send their outputs back.
+        back = arrived.send_back(rows)
+        # 6. Add: a token's rows onto its zero-computation experts, and the shared experts.
+        output = self.with_shared(back.add(onto), shared, hidden)
+        return output, routing.logits_TC.view(*hidden.shape[:-1], -1) if self.dynmoe.gating_residual else None
 
-    def dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
-        """Start the dispatch, compute what is local, wait."""
-        overlapped = self.token_dispatcher.shared_experts is not None
-        whole = overlapped or self.config.overlap_dispatch_backward_with_experts_wgrad
-        if not self._defers or whole:
-            if self._defers:
-                self._local = self.local_compute(self._hidden)
-            return super().dispatch(hidden_states, probs)
-        flight = self.token_dispatcher.start(hidden_states, probs)
-        self._local = self.local_compute(self._hidden)
-        return self.token_dispatcher.arrive(flight)
+    def expert_input(self, hidden: Tensor) -> Tensor:
+        """What routed and zero-computation experts see: the hidden states, scaled if the configuration says so."""
+        scale = self.dynmoe.expert_input_scale
+        return hidden if scale == 1 else hidden * scale
 
-    def postprocess(self, output: Tensor, shared_expert_output: Tensor | None) -> Tensor:
-        """Sum the routed, the zero-computation and the shared experts' outputs; carried logits stand beside."""
-        hidden, self._hidden = self._hidden, None
-        if self._defers:
-            shared_expert_output, self._local = self._local, None
-        elif self.free_experts is not None:
-            self._free = self.free_experts(self._expert_input(hidden), self.router.weights_TZ)
-        free, self._free = self._free, None
-        if isinstance(self.token_dispatcher, VariableKAllToAllDispatcher):
-            self.token_dispatcher.onto, free = free, None
-        output = super().postprocess(output, None if self.mixer is not None else shared_expert_output)
-        if free is not None:
-            output = free.add_(output)
+    def local_compute(self, hidden: Tensor, x: Tensor, weights_TZ: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """What needs no other rank; it runs while the rows travel.  Override to add to it.
+
+        Args:
+            hidden, x: the layer's and the experts' input [S, B, D].
+            weights_TZ: float32, of zero-computation experts.
+
+        Returns:
+            outputs [S, B, D] or ``None``: of the shared experts, and of the zero-computation experts, which the routed
+            rows are added onto.
+        """
+        onto = None if self.free_experts is None else self.free_experts(x, weights_TZ)
+        return self.shared_experts_compute(hidden), onto
+
+    def with_shared(self, routed: Tensor, shared: Tensor | None, hidden: Tensor | None = None) -> Tensor:
+        """The layer's output [S, B, D]; a residual MoE mixes by coefficients computed from ``hidden``."""
         if self.mixer is not None:
-            output = self.mixer(hidden, output, shared_expert_output)
-        if self.dynmoe.gating_residual:
-            logits = self.router.logits_TC.view(*output.shape[:-1], -1)
-            output = torch.cat([output, pack(logits, output.dtype)], dim=-1)
-        self.router.forget()
-        return output
+            return self.mixer(hidden, routed, shared)
+        return routed if shared is None else routed + shared
+
+    def _recomputed(self, *tensors: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if not (self.config.fp8 or self.config.fp4):
+            return tensor_parallel.checkpoint(self.tokens, False, *tensors)
+        tracker = tensor_parallel.random.get_cuda_rng_tracker
+        return moe_layer.te_checkpoint(self.tokens, False, tracker, self.tp_group, *tensors)
+
+    def _delay_weights(self, x: Tensor) -> Tensor:
+        """In the backward pass of ``--overlap-dispatch-backward-with-experts-wgrad`` the place to wait for them."""
+        late = self.config.overlap_dispatch_backward_with_experts_wgrad
+        return moe_layer._RegisterDelayedWgradForExperts.apply(self, x) if late else x
+
+    def _mark_experts(self, rows: Tensor) -> Tensor:
+        """And the place from where the experts' weight gradients can be computed."""
+        event = self._delayed_wgrad_event
+        return rows if event is None else moe_layer._RecordExpertDgradCompletion.apply(event, rows)

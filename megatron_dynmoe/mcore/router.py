@@ -1,9 +1,10 @@
-"""megatron-core's router interface over a router of ours: hidden states to (weights, map), losses attached."""
+"""megatron-core's router over a router of ours: hidden states to a routing decision, losses attached."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -45,11 +46,6 @@ class DynamicRouter(ControlledRouter):
         self.bias = None
         self._add_learned()
         self.add_controllers()
-        # The previous MoE layer's logits, set by the layer for each pass; and what the layer reads of this pass.
-        self.previous_TC: Tensor | None = None
-        self.weights_TZ: Tensor | None = None
-        self.logits_TC: Tensor | None = None
-        self.on_map: Callable[[Tensor], None] | None = None  # told of the map before losses and statistics are computed
 
     def _add_learned(self) -> None:
         """The weight as the gate wants it, with a row for each column, and what gate and rule learn beside it."""
@@ -92,31 +88,46 @@ class DynamicRouter(ControlledRouter):
 
         return super()._apply(keep if self.keep_float32 else fn, recurse)
 
-    def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        input: Tensor,
+        previous: Tensor | None = None,
+        padding_mask: Tensor | None = None,
+        on_map: Callable[[Tensor], Any] | None = None,
+    ) -> Routing:
         """Route [S, B, D] hidden states.
 
         Args:
             input: hidden states, this rank's share of the sequence.
+            previous: with a gating residual, the previous MoE layer's logits, float32 [S, B, C]; unset: zeros.
             padding_mask: bool [S, B], True for padding; padded tokens are routed but count in no loss or statistic.
+            on_map: told of the map, bool [T, C], as soon as it exists: before losses and statistics are computed.
 
         Returns:
-            weights [T, E] float32 with the losses attached to their backward pass, and the map [T, E] bool.
+            The decision, with the losses attached to the backward pass of its weights.
         """
         self._follow(input)
         x_TD = self._jitter(input).reshape(-1, input.shape[-1])
-        routing = self.routing(x_TD)
-        self.weights_TZ, self.logits_TC = routing.weights_TZ, routing.logits_TC
-        if self.on_map is not None:
-            self.on_map(routing.map_TE)
+        if previous is None and self.dynmoe.gating_residual:
+            previous = self.no_logits(input)
+        routing = self.routing(x_TD, *(() if previous is None else (previous.reshape(-1, self.columns),)))
+        if on_map is not None:
+            on_map(routing.map_TC)
         valid_T = None if padding_mask is None else ~padding_mask.reshape(-1)
         if self.training and not torch.is_grad_enabled():
             # The forward of a recompute: it runs again with gradients, and then losses and statistics count.
-            return routing.weights_TE, routing.map_TE
+            return routing
         self._observe(routing, valid_T)
-        if self.training:
-            self.record(x_TD, routing, valid_T)
-        weights_TE = self._attach_losses(routing, valid_T) if self.training else routing.weights_TE
-        return weights_TE, routing.map_TE
+        if not self.training:
+            return routing
+        self.record(x_TD, routing, valid_T)
+        return self._attach_losses(routing, valid_T)
+
+    def no_logits(self, hidden: Tensor) -> Tensor:
+        """Zeros [S, B, C] for the first MoE layer: its map is part of the graph then, which overlapped gradient
+        reduction wants.
+        """
+        return torch.zeros(*hidden.shape[:-1], self.columns, device=hidden.device)
 
     def _follow(self, input: Tensor) -> None:
         """From the CPU, where megatron-core makes routers, to the input's GPU.
@@ -127,19 +138,15 @@ class DynamicRouter(ControlledRouter):
         if input.device.type == "cuda" and self.weight.device.type == "cpu":
             self.to(input.device)
 
-    def forget(self) -> None:
-        """Let go of what the layer has read of this pass: it would keep the pass's whole graph alive."""
-        self.weights_TZ = self.logits_TC = None
-
-    def routing(self, x_TD: Tensor) -> Routing:
-        """The routing decision; override to route another way."""
+    def routing(self, x_TD: Tensor, previous_TC: Tensor | None = None) -> Routing:
+        """The routing decision; override to route another way. The logits are given with a gating residual alone."""
         return route(
             x_TD,
             self.weight,
             self.dynmoe,
             parameters={name: getattr(self, name) for name in self.learned},
             active_E=self.active_E,
-            previous_TC=self.previous_TC,
+            previous_TC=previous_TC,
             training=self.training,
         )
 
@@ -172,10 +179,10 @@ class DynamicRouter(ControlledRouter):
             return input
         return input * torch.empty_like(input).uniform_(1.0 - eps, 1.0 + eps)
 
-    def _attach_losses(self, routing: Routing, valid_T: Tensor | None) -> Tensor:
+    def _attach_losses(self, routing: Routing, valid_T: Tensor | None) -> Routing:
         """Weighted losses, logged per layer, attached to the weights so that backward reaches them."""
         if not losses_of(self.dynmoe):
-            return routing.weights_TE
+            return routing
         counted = routing if valid_T is None else routing.select(valid_T)
         totals = self._totals(counted.map_TC, valid_T)
         parameters = {name: getattr(self, name) for name in self.learned}
@@ -187,7 +194,7 @@ class DynamicRouter(ControlledRouter):
             # Gradients are divided by the global token count later; see attach_and_log_load_balancing_loss in
             # megatron-core's router.py for the derivation.
             total = total * totals.tokens
-        return MoEAuxLossAutoScaler.apply(routing.weights_TE, total)
+        return replace(routing, weights_TC=MoEAuxLossAutoScaler.apply(routing.weights_TC, total))
 
     def _totals(self, map_TC: Tensor, valid_T: Tensor | None) -> Totals:
         valid_T = map_TC.new_ones(len(map_TC)) if valid_T is None else valid_T

@@ -100,11 +100,11 @@ def moe_token_bytes(model: Model) -> int:
     """Bytes a token of an MoE layer's input, router and zero-computation experts, without a shared expert.
 
     The router keeps its input in the model's dtype (routers/linear.py), and zero-computation experts theirs, which is
-    another tensor where logits stand beside the hidden states or the input is scaled.
+    another tensor where the input is scaled.
     """
     routing, columns = model.routing, model.columns
     free = routing.zero_computation_experts
-    inputs = 1 if free and (routing.gating_residual or routing.expert_input_scale != 1) else 0
+    inputs = 1 if free and routing.expert_input_scale != 1 else 0
     weights = 4 * columns if free else 0  # of zero-computation experts
     kept = router_bytes(routing, columns, model.width, model.itemsize)
     return inputs * model.width * model.itemsize + kept + weights + 4 * routing.constant_experts

@@ -52,10 +52,10 @@ def test_per_rank_rows_by_hand():
     assert rows.flatten().tolist() == [10, 30]
     none = -torch.inf
     assert row_weights.tolist() == [[0, none, 2, none], [8, none, 10, 11]]
-    expanded, expanded_weights = transport.unpack(rows, row_weights)
+    expanded, expanded_weights, origin = transport.unpack(rows, row_weights)
     assert expanded.flatten().tolist() == [10, 30, 10, 30, 30]
     assert expanded_weights.tolist() == [0, 8, 2, 10, 11]
-    back = transport.repack(torch.tensor([[1.0], [2.0], [4.0], [8.0], [16.0]]))
+    back = transport.repack(torch.tensor([[1.0], [2.0], [4.0], [8.0], [16.0]]), origin)
     assert back.flatten().tolist() == [5, 26]
     assert transport.unpack_back(back, 3).flatten().tolist() == [5, 0, 26]
 
@@ -185,7 +185,7 @@ def test_chunks_are_sorted_by_the_kernel_that_is_handed_in():
     plan = plan_of((((1, 2, 0), (0, 1, 3), (2, 0, 1)),), ((0, 0, 0),))
     rows, weights = torch.randn(10, 2), torch.rand(10)
     transport = TRANSPORTS["expert"](plan, sort_chunks=sort)
-    grouped, grouped_weights = transport.unpack(rows, weights)
+    grouped, grouped_weights, _ = transport.unpack(rows, weights)
     assert torch.equal(grouped, group_by_expert(rows, plan))
     assert torch.equal(grouped_weights, group_by_expert(weights, plan))
     assert torch.equal(transport.repack(grouped), rows)

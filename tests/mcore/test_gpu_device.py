@@ -72,8 +72,8 @@ def check_bare_routers() -> None:
             # as a model is built that --use-cpu-initialization leaves where it is: the experts stay, the router follows
             layer = layers.build(dynmoe, **SIZES, use_cpu_initialization=True)
             assert {tensor.device.type for tensor in layer.router.parameters()} == {"cpu"}
-            weights, chosen = layer.router(torch.randn(TOKENS, 1, WIDTH, device="cuda"))
-            assert weights.device == chosen.device == torch.device("cuda:0"), fields
+            routing = layer.router(torch.randn(TOKENS, 1, WIDTH, device="cuda"))
+            assert routing.weights_TC.device == routing.map_TC.device == torch.device("cuda:0"), fields
             assert {t.device.type for t in (*layer.router.parameters(), *layer.router.buffers())} == {"cuda"}
             before = layer.router.weight
             layer.router(torch.randn(TOKENS, 1, WIDTH, device="cuda"))

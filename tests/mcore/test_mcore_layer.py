@@ -60,15 +60,16 @@ def _layer(config, dynmoe):
 
 
 def _plans(layer):
-    """The plans of the layer's passes from now on, which the dispatcher lets go of when a pass is over."""
+    """The plans of the layer's passes from now on."""
     plans, dispatcher = [], layer.token_dispatcher
-    combine = dispatcher.combine_postprocess
+    send = dispatcher.send
 
-    def seen(hidden_states):
-        plans.append(dispatcher.transport.plan)
-        return combine(hidden_states)
+    def seen(*args, **kwargs):
+        sent = send(*args, **kwargs)
+        plans.append(sent.way.transport.plan)
+        return sent
 
-    dispatcher.combine_postprocess = seen
+    dispatcher.send = seen
     return plans
 
 
@@ -206,8 +207,8 @@ def check_no_balancing() -> None:
             dynmoe = DynMoEConfig(load_balance_coeff=1.0, entropy_coeff=other)
             coeff = [1.0] if isinstance(kind, list) else 1.0
             layer = _layer(_config(moe_router_load_balancing_type=kind, moe_aux_loss_coeff=coeff), dynmoe)
-            weights, _ = layer.router(torch.randn(S, B, D, generator=torch.Generator().manual_seed(1)))
-            weights.sum().mul(0).backward()  # nothing but the losses
+            routing = layer.router(torch.randn(S, B, D, generator=torch.Generator().manual_seed(1)))
+            routing.weights_TE.sum().mul(0).backward()  # nothing but the losses
             gradients[str(kind), other] = bool(layer.router.weight.grad.any())
     assert gradients == {
         ("aux_loss", 0.0): True,
@@ -229,7 +230,7 @@ def check_router_without_bias() -> None:
     config = _config(add_bias_linear=True)
     router = DynamicRouter(config, get_default_pg_collection(), dynmoe=DynMoEConfig())
     router.set_layer_number(1)
-    router(torch.randn(S, B, D))[0].sum().backward()
+    router(torch.randn(S, B, D)).weights_TC.sum().backward()
     assert {name for name, parameter in router.named_parameters() if parameter.grad is None} == set()
 
 
@@ -310,9 +311,8 @@ def check_alignment() -> None:
         sizes = []
         experts = layer.experts.forward
         layer.experts.forward = partial(_recorded, sizes, experts)
-        _, map_TE = layer.route(x)
+        map_TE = layer.router(x).map_TE
         before = map_TE.clone()
-        layer.token_dispatcher.pending = None
         plans = _plans(layer)
         aligned, _ = layer(x)
         grads = torch.autograd.grad(aligned.square().sum(), (x, layer.router.weight))
@@ -354,8 +354,9 @@ def check_shared_experts_run_while_rows_travel() -> None:
     # rows and weights leave, the shared experts compute, both arrive; then the outputs go back
     assert events == ["start", "start", "local", "wait", "wait", "start", "wait"], events
     Exchange.launch, Exchange.land, DynMoELayer.local_compute = launch, land, local
-    DynMoELayer._defers = False  # megatron-core's order: shared experts first, then the dispatch
-    assert torch.equal(layer(x)[0], out)
+    shared = layer.shared_experts_compute(x)  # megatron-core's order: shared experts first, then the dispatch
+    rows = layer.dispatch(*layer.preprocess(x, *layer.route(x)))
+    assert torch.equal(layer.postprocess(layer.combine(layer.routed_experts_compute(*rows)[0]), shared), out)
 
 
 def test_shared_experts_run_while_rows_travel(tmp_path):

@@ -16,15 +16,13 @@ def _pass(layer, x, previous):
     """Output and all gradients of a training pass, and the output of an evaluation pass."""
     leaves = [x, *layer.parameters()] + ([] if previous is None else [previous])
     layer.train()
-    layer.previous = previous
-    out, _ = layer(x)
-    whole = out if previous is None else torch.cat([out, layer.carried], dim=-1)
+    out, _, *logits = layer(x, previous=previous)
+    whole = torch.cat([out, *logits], dim=-1)
     upstream = torch.randn(whole.shape, generator=torch.Generator().manual_seed(3))
     gradients = torch.autograd.grad((whole * upstream).sum(), leaves)
     layer.eval()
-    layer.previous = previous
     with torch.no_grad():
-        return whole, layer(x)[0], *gradients
+        return whole, layer(x, previous=previous)[0], *gradients
 
 
 def check_on_equals_off() -> None:
@@ -76,9 +74,8 @@ def check_input_lives() -> None:
             return _end()
 
         layer.shared_experts.pre_forward_comm, layer.shared_experts.get_output = watched, ended
-        layer.previous = torch.randn(S, B, layer.router.columns)
         with torch.no_grad():
-            layer(torch.randn(S, B, D))
+            layer(torch.randn(S, B, D), previous=torch.randn(S, B, layer.router.columns))
         reference, reached_the_end = seen
         assert reached_the_end is None and reference() is None  # and no longer
 

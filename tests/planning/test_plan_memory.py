@@ -86,9 +86,8 @@ def kept_by(dynmoe: DynMoEConfig) -> int:
         layer.router.take([layer.router.dynmoe.record_from, 1])  # a window is open
     hidden = {"dtype": made.params_dtype, "device": "meta", "requires_grad": True}
     x = torch.empty(T, 1, D, **hidden)
-    if dynmoe.gating_residual:
-        layer.previous = torch.empty(T, 1, 2 * (E + 4), **hidden)  # a float32 logit is two channels
-    return kept(layer, lambda: layer(x))
+    previous = torch.empty(T, 1, E + 4, device="meta", requires_grad=True) if dynmoe.gating_residual else None
+    return kept(layer, lambda: layer(x, previous=previous))
 
 
 def kept(layer, forward) -> int:

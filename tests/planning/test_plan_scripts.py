@@ -197,7 +197,7 @@ def check_dispatcher() -> None:
 
     for device, away, wanted, asked in (("cuda", True, 0.2, 1), ("cuda", False, 0.6, 1), ("cpu", True, 0.2, 0)):
         ours = object.__new__(dispatcher.VariableKAllToAllDispatcher)
-        ours.config, ours.tp_ep_group, ours._link = SimpleNamespace(moe_permute_fusion=True), object(), None
+        ours.config, ours.tp_ep_group = SimpleNamespace(moe_permute_fusion=True), type("Group", (), {})()
         with mock.patch.object(dispatcher, "leaves_node", return_value=away) as ask:
             assert [round(ours._saving(torch.device(device)), 9) for _ in range(2)] == [wanted] * 2
         assert ask.call_count == asked and all(call.args[0] is ours.tp_ep_group for call in ask.call_args_list)

@@ -102,8 +102,8 @@ def check_router() -> None:
         router.thresholds.copy_(thresholds)
     padding = torch.arange(50) % 7 == 3
     mine = slice(0, 25) if dist.get_rank() == 0 else slice(25, 50)
-    weights, _ = router(x[mine].unsqueeze(1), padding[mine].unsqueeze(1))
-    weights.sum().mul(0).backward()  # nothing but the losses
+    routing = router(x[mine].unsqueeze(1), padding_mask=padding[mine].unsqueeze(1))
+    routing.weights_TE.sum().mul(0).backward()  # nothing but the losses
     got = [router.weight.grad, router.thresholds.grad]
     for gradient in got:
         dist.all_reduce(gradient)

@@ -26,10 +26,11 @@ def run_bare_layer(case: Case) -> None:
     if dynmoe.adaptive_experts:
         layer.router.take([layer.router.dynmoe.record_from, 1])  # a window is open
     x, _, padding = inputs(LAYOUT, FAKE)
+    previous = None
     for _ in range(2 if dynmoe.gating_residual else 1):
-        layer.previous = layer.carried
         with watched(LAYOUT) as seen:
-            out, _ = layer(x, padding_mask=padding if case.padded else None)
+            out, _, *logits = layer(x, padding_mask=padding if case.padded else None, previous=previous)
+        previous = logits[0] if logits else layer.router.no_logits(x)
         assert (out.device, out.shape, out.dtype) == (FAKE, x.shape, torch.bfloat16)
         assert seen.reads == 1 and not seen.copies
 

@@ -22,7 +22,7 @@ def hook_dtypes(block: torch.nn.Module, layout: Layout, columns: int) -> None:
     tokens, rows = S * B // layout.tensor_ranks, sum(layout.host_counts()[: layout.local]) * 2 * layout.tensor_ranks
 
     def of_router(module, args, out):
-        weights, chosen = out
+        weights, chosen = out.weights_TE, out.map_TE
         assert (weights.dtype, weights.shape) == (torch.float32, (tokens, layout.experts))
         assert (chosen.dtype, chosen.shape) == (torch.bool, weights.shape)
         assert {weights.device, chosen.device} == {META}

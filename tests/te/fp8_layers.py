@@ -116,7 +116,7 @@ def one_pass(layer, x, grad) -> dict[str, Any]:
             out, _ = layer(x)
         out.backward(grad)
     hook.remove()
-    weights, chosen = routed[0]
+    weights, chosen = routed[0].weights_TE, routed[0].map_TE
     gradients = {name: p.grad for name, p in layer.named_parameters()}
     return {"output": out.detach(), "input": x.grad, "weights": weights, "map": chosen, "gradients": gradients} | record
 
