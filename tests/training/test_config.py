@@ -95,7 +95,7 @@ BESIDE |= {"topk": {"rule": "top-k"}, "update_period": TOP_ANY | {"record_from":
 BESIDE |= {name: {"capacity_gamma": 1e6} for name in ("tau", "copy_experts")}
 
 # Else a method that reads it, for a method's own.
-READERS = {field.name: {kind: name} for kind, name, method in methods() for field in fields_of(method)}
+READERS = {field.name: {kind: name} for kind, name, method in reversed([*methods()]) for field in fields_of(method)}
 
 
 def works(config):
