@@ -10,11 +10,11 @@ from typing import Any, Self
 
 from megatron_dynmoe import routers
 from megatron_dynmoe.errors import ConfigError
-from megatron_dynmoe.presets import PRESETS
 from megatron_dynmoe.ranges import Range
-from megatron_dynmoe.routers.registry import fields_of
+from megatron_dynmoe.routers.fresh import router_parameters
+from megatron_dynmoe.routers.registry import PRESETS, fields_of
 from megatron_dynmoe.routers.router_config import RouterConfig, all_fields, own_fields
-from megatron_dynmoe.routers.settings import dest_of_field, flag_of_field, require, setting
+from megatron_dynmoe.routers.settings import dest_of_field, flag_of_field, setting
 
 __all__ = ["PRESETS", "ConfigError", "DynMoEConfig", "dest_of", "flag_of", "preset_fields"]
 
@@ -31,47 +31,57 @@ class DynMoEConfig(RouterConfig):
     """Mix the shared expert and the routed experts by a learned softmax over the two, per token (residual MoE)
     instead of adding them; needs --moe-shared-expert-intermediate-size."""
 
-    expert_backend: str = setting("auto", ["auto", "torch", "sequential", "te"])
+    expert_backend: str = setting("auto", ["auto", "torch", "sequential", "te"], training=True)
     """Who computes the experts: 'torch' (grouped_mm on ragged groups, CPU and CUDA), 'sequential' (Megatron's loop),
     'te' (Transformer Engine's grouped GEMM, FP8). 'auto': 'te' where the layer spec has it, else 'torch' where it
     can serve, else 'sequential'."""
 
-    fp8_recipe: str = setting("none", ["none", "delayed", "tensorwise", "blockwise", "rowwise"])
+    fp8_recipe: str = setting("none", ["none", "delayed", "tensorwise", "blockwise", "rowwise"], training=True)
     """FP8 for the GEMMs of the torch experts, without Transformer Engine (docs/fp8.md). What shares a scale: 'delayed'
     and 'tensorwise', each expert's rows and weight, by earlier steps or by themselves; 'blockwise', 1 x 128 of rows
     and 128 x 128 of weights; 'rowwise', a row, which torch has a kernel for on Hopper. A CPU computes all of them by
     casting. Experts in FP8 through Transformer Engine, and mxfp8: --fp8-format and --fp8-recipe."""
 
-    fp8_format: str = setting("auto", ["auto", "hybrid", "e4m3"])
+    fp8_format: str = setting("auto", ["auto", "hybrid", "e4m3"], training=True)
     """With --moe-fp8-recipe: 'e4m3' everywhere, or 'hybrid' with gradients in e5m2. 'auto': 'hybrid' for 'delayed' and
     'tensorwise', else 'e4m3'."""
 
-    fp8_emulate: bool = setting(False)
+    fp8_emulate: bool = setting(False, training=True)
     """With --moe-fp8-recipe on a GPU: cast to FP8 and back and multiply in float32, as on a CPU. Slow, for
     comparisons; it serves every recipe."""
 
-    fp8_margin: int = setting(0, Range(-64, 64, whole=True), megatron="fp8_margin")
+    fp8_margin: int = setting(0, Range(-64, 64, whole=True), megatron="fp8_margin", training=True)
     """With recipe 'delayed': divide the scale by 2 to this power."""
 
-    fp8_amax_history_len: int = setting(1, Range(1, 1 << 20, whole=True), megatron="fp8_amax_history_len")
+    fp8_amax_history_len: int = setting(
+        1, Range(1, 1 << 20, whole=True), megatron="fp8_amax_history_len", training=True
+    )
     """With recipe 'delayed': steps whose largest numbers give the scale."""
 
-    fp8_amax_compute_algo: str = setting("most_recent", ["most_recent", "max"], megatron="fp8_amax_compute_algo")
+    fp8_amax_compute_algo: str = setting(
+        "most_recent", ["most_recent", "max"], megatron="fp8_amax_compute_algo", training=True
+    )
     """With recipe 'delayed': the 'max' of them, or the 'most_recent'."""
 
-    fp8_wgrad: bool = setting(True, megatron="fp8_wgrad")
+    fp8_wgrad: bool = setting(True, megatron="fp8_wgrad", training=True)
     """With --moe-fp8-recipe: the gradient of the weights in FP8, too."""
 
-    dispatch_unit: str = setting("auto", ["auto", "expert", "rank"])
+    dispatch_unit: str = setting("auto", ["auto", "expert", "rank"], training=True)
     """What a row on the wire is, with the alltoall dispatcher: 'expert', a token crosses once for each expert it
     visits; 'rank', once for each rank that holds such experts; 'auto', whichever moves clearly fewer bytes."""
+
+    def parameters_beside(self, experts: int, width: int) -> int:
+        """Parameters of one layer's router, mixer and zero-computation experts, without a weight [E, D]."""
+        mixer = 2 * (width + 1) if self.residual else 0
+        constants = 3 * self.constant_experts * width
+        return router_parameters(self, experts, width) - experts * width + mixer + constants
 
     def check(self) -> None:
         """What no single field can say."""
         super().check()
         for name, unset in (("fp8_format", "auto"), ("fp8_emulate", False)):
             fits = self.fp8_recipe != "none" or getattr(self, name) == unset
-            require("DynMoEConfig", name, getattr(self, name), fits, f"{unset!r} without --moe-fp8-recipe")
+            self.require(name, fits, f"{unset!r} without --moe-fp8-recipe")
 
     @classmethod
     def from_preset(cls, preset: str, **overrides: Any) -> Self:

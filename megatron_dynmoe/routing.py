@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_dynmoe.checks import check_division
+
 
 @dataclass(frozen=True)
 class RoutePlan:
@@ -147,7 +149,8 @@ class PendingPlan:
         tensor_rank, tensor_ranks: its place in the expert-tensor-parallel group, and P.
 
     Raises:
-        ValueError: the map is not a boolean matrix, or E does not divide by R.
+        ValueError: the map is not a boolean matrix.
+        ConfigError: E does not divide by R.
     """
 
     def __init__(
@@ -162,10 +165,7 @@ class PendingPlan:
     ) -> None:
         if map_TE.dtype != torch.bool or map_TE.dim() != 2:
             raise ValueError(f"routing map is {map_TE.dtype} of {map_TE.dim()} dimensions; accepted: bool [T, E].")
-        if map_TE.shape[1] % expert_ranks:
-            raise ValueError(
-                f"{map_TE.shape[1]} experts do not divide by the {expert_ranks} ranks of the expert-parallel group."
-            )
+        check_division(map_TE.shape[1], expert_ranks)
         self.map_TE = map_TE.contiguous()
         self.expert_rank, self.tensor_rank = expert_rank, tensor_rank
         self.shape = expert_ranks, tensor_ranks

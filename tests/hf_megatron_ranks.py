@@ -58,6 +58,17 @@ CASES = {
         "--tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 2",
         DynMoEConfig.from_preset("moe-plus-plus-released"),
     ),
+    "threshold-tp2": (
+        "--tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 2 --moe-layer-freq 2",
+        DynMoEConfig(
+            gate="sigmoid",
+            rule="threshold",
+            threshold=0.55,
+            learned_thresholds=True,
+            threshold_keep_best=False,
+            normalize_weights=True,
+        ),  # fmt: skip
+    ),
 }
 
 
@@ -101,14 +112,15 @@ def megatron_args(flags: list[str], dynmoe: DynMoEConfig | None):
     from megatron.training.arguments import parse_args, validate_args
 
     from megatron_dynmoe.config import dest_of
+    from megatron_dynmoe.routers.router_config import all_fields
 
     sys.argv[1:] = [sys.argv[1], *host.default_flags(), *SHARED_FLAGS, "--vocab-size", str(VOCAB), *flags]
     out, sys.argv[1:] = sys.argv[1], sys.argv[2:]
     args = validate_args(parse_args(), {})
     sys.argv[1:] = [out]
     if dynmoe is not None:
-        for field in vars(dynmoe):
-            setattr(args, dest_of(field), getattr(dynmoe, field))
+        for field in all_fields(DynMoEConfig):
+            setattr(args, dest_of(field.name), getattr(dynmoe, field.name))
     return args
 
 

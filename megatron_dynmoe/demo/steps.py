@@ -17,8 +17,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-PROGRAMS = ("tools", "examples")
+from megatron_dynmoe.checks import check_division
+from megatron_dynmoe.errors import UserError
+
 SUBSETS = ("code", "docs")
 PROMPTS = ("def read_lines(path):\n", "The following options")  # one for each subset
 
@@ -83,7 +84,7 @@ TRAINING: dict[str, Any] = {
 }
 
 
-class DemoError(RuntimeError):
+class DemoError(UserError):
     """The demo cannot go on; the message is one sentence for the user."""
 
 
@@ -126,9 +127,9 @@ def look_at_machine(ranks: int | None = None, preset: str = "dynamic-moe") -> Ma
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     chosen = ranks if ranks is not None else min(2, gpus or 2)
     experts = ROUTING[preset]["num-experts"]
-    if chosen < 1 or experts % chosen or (gpus and chosen > gpus):
-        most = f" and is at most {gpus}, the number of GPUs" if gpus else ""
-        raise DemoError(f"--ranks is {chosen}; accepted: a number that divides the {experts} experts{most}.")
+    check_division(experts, chosen, "--ranks", DemoError)
+    if gpus and chosen > gpus:
+        raise DemoError(f"--ranks is {chosen}; accepted: at most {gpus}, the number of GPUs.")
     return Machine(ranks=chosen, gpus=gpus, cores=len(os.sched_getaffinity(0)))
 
 
@@ -156,7 +157,7 @@ def training_steps(folder: Path, machine: Machine, preset: str = "dynamic-moe") 
     Reads the token counts of the files that ``data_steps`` wrote.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={machine.ranks}"]
-    command += [shown(ROOT / "examples" / "pretrain_dynmoe.py"), *flags(MODEL | ROUTING[preset]), *flags(TRAINING)]
+    command += ["-m", "megatron_dynmoe.programs.pretrain", *flags(MODEL | ROUTING[preset]), *flags(TRAINING)]
     command += ["--expert-model-parallel-size", str(machine.ranks)]
     command += ["--train-data-path", *blend(folder, "train"), "--valid-data-path", *blend(folder, "heldout")]
     command += ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", shown(folder / "tokenizer.model")]
@@ -233,8 +234,8 @@ def blend(folder: Path, split: str) -> list[str]:
 
 
 def tool(name: str, **options: Any) -> list[str]:
-    """The command of ``tools/name.py`` with ``options`` as flags."""
-    return [sys.executable, shown(ROOT / "tools" / f"{name}.py"), *flags(options)]
+    """The command of a program of the package with ``options`` as flags."""
+    return [sys.executable, "-m", f"megatron_dynmoe.programs.{name}", *flags(options)]
 
 
 def flags(options: dict[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""From megatron's keys to the Hugging Face names.
+"""The one table of megatron's keys and the Hugging Face names, read by the export and by the import.
 
 Shape letters: `V` vocabulary rows, `D` hidden size, `F` width of a feed-forward network, `E` experts, `H` head size.
 Keys of a transformer layer come in two forms: stacked over layers (`decoder.layers.mlp.router.weight` [layers, E, D])
@@ -7,7 +7,7 @@ when all layers are alike, one key per layer (`decoder.layers.3.mlp.router.weigh
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,8 @@ from torch import Tensor
 from megatron_dynmoe.checkpoint.reader import DistCheckpoint
 
 from .errors import ExportError
-from .slots import ROUTER_RECORDS
+from .moved import router_config, training_state
+from .rows import Part, Row
 
 
 @dataclass(frozen=True)
@@ -41,19 +42,21 @@ def plan(checkpoint: DistCheckpoint, fields: dict[str, Any], vocab_size: int) ->
     """
     keys = _Keys(checkpoint)
     keys.unused |= set(left_out(checkpoint))
-    width, rows = fields["hidden_size"], partial(_cut, rows=vocab_size)
-    vocabulary = (None, width)
-    pieces = [keys.piece("embedding.word_embeddings.weight", vocabulary, rows("model.embed_tokens.weight"))]
-    for layer in range(fields["num_hidden_layers"]):
-        pieces += _layer(keys, layer, fields)
-    pieces.append(keys.piece("decoder.final_layernorm.weight", (width,), _name("model.norm.weight")))
-    if not fields["tie_word_embeddings"]:
-        pieces.append(keys.piece("output_layer.weight", vocabulary, rows("lm_head.weight")))
-    if fields.get("gating_residual") and any(fields["moe_layers"]):
-        # A checkpoint may hold one for the first mixture too, which has no logits before it to map.
-        keys.unused.add(f"decoder.layers.{fields['moe_layers'].index(1)}.mlp.router.gate_map")
-    keys.check_all_used(pieces)
+    pieces = [keys.piece(row) for row in table(fields, vocab_size)]
+    if first_gate_map := unmapped(fields):
+        keys.unused.add(f"decoder.layers.{first_gate_map[0]}.{first_gate_map[1]}")
+    keys.check_all_used(pieces, training_state(checkpoint.args, fields))
     return pieces
+
+
+def unmapped(fields: dict[str, Any]) -> tuple[int, str] | None:
+    """Layer and key of the gating residual's map in the first mixture, which has no logits before it to map.
+
+    A checkpoint may hold it (layers that are alike are stacked); the exported model has none.
+    """
+    if not (fields.get("gating_residual") and any(fields["moe_layers"])):
+        return None
+    return fields["moe_layers"].index(1), "mlp.router.gate_map"
 
 
 def left_out(checkpoint: DistCheckpoint) -> list[str]:
@@ -64,61 +67,110 @@ def left_out(checkpoint: DistCheckpoint) -> list[str]:
     return sorted(key for key in checkpoint.shapes if key.startswith("mtp."))
 
 
-def _layer(keys: "_Keys", layer: int, fields: dict[str, Any]) -> Iterator[Piece]:
-    width, head = fields["hidden_size"], fields["head_dim"]
-    heads, groups = fields["num_attention_heads"], fields["num_key_value_heads"]
-    hf = f"model.layers.{layer}"
-    get = partial(keys.layer_piece, layer)
-    # Transformer Engine fuses a norm into the linear layer after it, and stores it there.
-    fused = "self_attention.linear_qkv.layer_norm_weight"
-    yield get(["input_layernorm.weight", fused], (width,), _name(f"{hf}.input_layernorm.weight"))
-    split = partial(_split_qkv, f"{hf}.self_attn", groups=groups, head=head)
-    yield get(["self_attention.linear_qkv.weight"], ((heads + 2 * groups) * head, width), split)
-    yield get(["self_attention.linear_proj.weight"], (width, heads * head), _name(f"{hf}.self_attn.o_proj.weight"))
-    fused = "mlp.linear_fc1.layer_norm_weight"
-    yield get(["pre_mlp_layernorm.weight", fused], (width,), _name(f"{hf}.post_attention_layernorm.weight"))
+def table(fields: dict[str, Any], vocab_size: int) -> Iterator[Row]:
+    """All rows of a model, in the order of its layers.
+
+    Args:
+        fields: the exported model's configuration: those of :func:`config_fields`, and of `slot_fields`.
+        vocab_size: rows of the embedding that are tokens.
+    """
+    width = fields["hidden_size"]
+
+    def vocabulary(key: str, name: str) -> Row:
+        return Row((key,), None, (None, width), (Part(name, (vocab_size, width), slice(0, vocab_size)),))
+
+    yield vocabulary("embedding.word_embeddings.weight", "model.embed_tokens.weight")
+    for layer in range(fields["num_hidden_layers"]):
+        yield from _layer(layer, fields)
+    yield _same(None, "decoder.final_layernorm.weight", "model.norm.weight", (width,))
+    if not fields["tie_word_embeddings"]:
+        yield vocabulary("output_layer.weight", "lm_head.weight")
+
+
+def _layer(layer: int, fields: dict[str, Any]) -> Iterator[Row]:
+    width, head, hf = fields["hidden_size"], fields["head_dim"], f"model.layers.{layer}"
+    heads, same = fields["num_attention_heads"], partial(_same, layer)
+    # A norm is fused into the linear layer after it, and stored there: by Transformer Engine, and under the same names
+    # by megatron's local layers, which have it apart.
+    norms = ("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight")
+    yield same(norms, f"{hf}.input_layernorm.weight", (width,))
+    yield _attention(layer, f"{hf}.self_attn", fields)
+    yield same("self_attention.linear_proj.weight", f"{hf}.self_attn.o_proj.weight", (width, heads * head))
+    norms = ("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight")
+    yield same(norms, f"{hf}.post_attention_layernorm.weight", (width,))
     if not fields["moe_layers"][layer]:
-        yield from _mlp(get, "mlp", f"{hf}.mlp", (), width, fields["intermediate_size"])
+        yield from _mlp(layer, "mlp", f"{hf}.mlp", width, fields["intermediate_size"])
         return
-    experts, shared = (fields["num_experts"],), fields["shared_expert_intermediate_size"]
     slots = fields["expert_slots"][layer] if fields.get("expert_slots") else None
-    kept = partial(_kept, slots=slots)
-    yield from _router(get, f"{hf}.mlp.router", fields, kept, first=not any(fields["moe_layers"][:layer]))
-    ffn = fields["moe_intermediate_size"]
-    for piece in _mlp(get, "mlp.experts.experts", f"{hf}.mlp.experts", experts, width, ffn):
-        yield replace(piece, convert=partial(_kept_experts, slots=slots, convert=piece.convert))
+    yield from _router(layer, f"{hf}.mlp.router", fields, slots)
+    yield from _experts(layer, f"{hf}.mlp.experts", fields, slots)
     if constants := fields.get("constant_experts", 0):
         for name, shape in {"select": (constants, 2, width), "values": (constants, width)}.items():
-            yield get([f"mlp.free_experts.{name}"], shape, _name(f"{hf}.mlp.free_experts.{name}"))
+            yield same(f"mlp.free_experts.{name}", f"{hf}.mlp.free_experts.{name}", shape)
     if fields.get("residual_mixture"):
-        yield get(["mlp.mixer.weight"], (2, width), _name(f"{hf}.mlp.mixer.weight"))
-        yield get(["mlp.mixer.bias"], (2,), _name(f"{hf}.mlp.mixer.bias"))
-    if shared:
-        yield from _mlp(get, "mlp.shared_experts", f"{hf}.mlp.shared_expert", (), width, shared)
+        yield same("mlp.mixer.weight", f"{hf}.mlp.mixer.weight", (2, width))
+        yield same("mlp.mixer.bias", f"{hf}.mlp.mixer.bias", (2,))
+    if shared := fields["shared_expert_intermediate_size"]:
+        yield from _mlp(layer, "mlp.shared_experts", f"{hf}.mlp.shared_expert", width, shared)
         if fields["shared_expert_gate"]:
-            yield get(["mlp.shared_experts.gate_weight"], (1, width), _name(f"{hf}.mlp.shared_expert_gate.weight"))
+            yield same("mlp.shared_experts.gate_weight", f"{hf}.mlp.shared_expert_gate.weight", (1, width))
 
 
-def _router(get, hf: str, fields: dict[str, Any], kept: Callable, *, first: bool) -> Iterator[Piece]:
-    """What gate and rule learned; `first` is the first mixture, which has no logits before it to map."""
-    kinds = ("num_experts", "constant_experts", "copy_experts", "zero_experts")
-    columns, width = sum(fields.get(kind, 0) for kind in kinds), fields["hidden_size"]
-    hidden = 8 * columns if fields.get("router_gate") == "tanh" else None
-    yield get(["mlp.router.weight"], (columns, hidden or width), kept(f"{hf}.weight"))
-    if hidden:
-        yield get(["mlp.router.hidden_weight"], (hidden, width), _name(f"{hf}.hidden_weight"))
-    if fields.get("gating_residual") and not first:
-        yield get(["mlp.router.gate_map"], (columns, columns), _name(f"{hf}.gate_map"))
-    if fields["router_rule"] == "top-any":
-        yield get(["mlp.router.thresholds"], (columns,), kept(f"{hf}.thresholds"))
-    if fields.get("trained_cosine_scale"):
-        yield get(["mlp.router.logit_scale"], (1,), _name(f"{hf}.logit_scale"))
+def _same(layer: int | None, keys: str | tuple[str, ...], name: str, shape: tuple[int, ...]) -> Row:
+    return Row((keys,) if isinstance(keys, str) else keys, layer, shape, (Part(name, shape),))
 
 
-def _mlp(get, megatron: str, hf: str, experts: tuple[int, ...], width: int, ffn: int) -> Iterator[Piece]:
-    """A SwiGLU network, or [E] of them: fc1 holds the gate's rows, then those of the upward projection."""
-    yield get([f"{megatron}.linear_fc1.weight"], (*experts, 2 * ffn, width), partial(_split_gate_up, hf))
-    yield get([f"{megatron}.linear_fc2.weight"], (*experts, width, ffn), partial(_down, hf))
+def _attention(layer: int, hf: str, fields: dict[str, Any]) -> Row:
+    """Queries, keys and values, interleaved: a group is its query heads, then a key head, then a value head."""
+    width, head, groups = fields["hidden_size"], fields["head_dim"], fields["num_key_value_heads"]
+    queries = fields["num_attention_heads"] // groups
+    every = slice(None)
+    parts = (
+        Part(f"{hf}.q_proj.weight", (groups * queries * head, width), (every, slice(0, queries))),
+        Part(f"{hf}.k_proj.weight", (groups * head, width), (every, queries)),
+        Part(f"{hf}.v_proj.weight", (groups * head, width), (every, queries + 1)),
+    )
+    form = (groups, queries + 2, head, width)
+    return Row(("self_attention.linear_qkv.weight",), layer, (groups * (queries + 2) * head, width), parts, form)
+
+
+def _router(layer: int, hf: str, fields: dict[str, Any], slots: list[int] | None) -> Iterator[Row]:
+    """What gate and rule learned, as they say themselves; of what has a row for each slot those of active ones."""
+    config, width = router_config(fields), fields["hidden_size"]
+    gate, rule = config.methods
+    columns = fields["num_experts"] + config.zero_computation_experts
+    shapes = {"weight": gate.weight_shape(columns, width) if gate.weight_shape else (columns, width)}
+    for method in (gate, rule):
+        learned = method.parameters(config, columns, width) if method.parameters else {}
+        shapes |= {name: tuple(getattr(value, "shape", value)) for name, value in learned.items()}
+    if config.gating_residual and any(fields["moe_layers"][:layer]):
+        shapes["gate_map"] = (columns, columns)
+    for name, shape in shapes.items():
+        by_slot = slots is not None and shape[0] == columns
+        part = Part(f"{hf}.{name}", (len(slots), *shape[1:]), slots) if by_slot else Part(f"{hf}.{name}", shape)
+        yield Row((f"mlp.router.{name}",), layer, shape, (part,))
+
+
+def _mlp(layer: int, megatron: str, hf: str, width: int, ffn: int) -> Iterator[Row]:
+    """A SwiGLU network: fc1 holds the gate's rows, then those of the upward projection."""
+    halves = tuple(Part(f"{hf}.{name}_proj.weight", (ffn, width), (half,)) for half, name in enumerate(("gate", "up")))
+    yield Row((f"{megatron}.linear_fc1.weight",), layer, (2 * ffn, width), halves, (2, ffn, width))
+    yield _same(layer, f"{megatron}.linear_fc2.weight", f"{hf}.down_proj.weight", (width, ffn))
+
+
+def _experts(layer: int, hf: str, fields: dict[str, Any], slots: list[int] | None) -> Iterator[Row]:
+    """As many such networks as there are experts, [E, 2F, D] and [E, D, F]; active slots are numbered anew."""
+    experts, width, ffn = fields["num_experts"], fields["hidden_size"], fields["moe_intermediate_size"]
+    active = list(enumerate(range(experts) if slots is None else slots))
+    halves = tuple(
+        Part(f"{hf}.{e}.{name}_proj.weight", (ffn, width), (slot, half))
+        for half, name in enumerate(("gate", "up"))
+        for e, slot in active
+    )
+    down = tuple(Part(f"{hf}.{e}.down_proj.weight", (width, ffn), (slot,)) for e, slot in active)
+    first, second = (f"mlp.experts.experts.linear_fc{number}.weight" for number in (1, 2))
+    yield Row((first,), layer, (experts, 2 * ffn, width), halves, (experts, 2, ffn, width), by_expert=True)
+    yield Row((second,), layer, (experts, width, ffn), down, by_expert=True)
 
 
 class _Keys:
@@ -128,79 +180,38 @@ class _Keys:
         self.path, self.shapes, self.layers = checkpoint.path, checkpoint.shapes, checkpoint.args.num_layers
         self.unused: set[str] = set()
 
-    def piece(self, key: str, shape: tuple[int | None, ...], convert: Callable) -> Piece:
-        return self._checked(key, (), self.shapes.get(key), shape, convert)
-
-    def layer_piece(self, layer: int, names: list[str], shape: tuple[int | None, ...], convert: Callable) -> Piece:
-        """The first of `names` that the checkpoint has for `layer`."""
+    def piece(self, row: Row) -> Piece:
+        """The read of the first of the row's keys that the checkpoint has."""
+        names = row.keys if row.layer is None else tuple(f"decoder.layers.{row.layer}.{name}" for name in row.keys)
         for name in names:
-            own, stacked = f"decoder.layers.{layer}.{name}", f"decoder.layers.{name}"
-            if own in self.shapes:
-                return self._checked(own, (), self.shapes[own], shape, convert)
-            if stacked in self.shapes:
+            if name in self.shapes:
+                return self._checked(name, (), self.shapes[name], row)
+        for name in () if row.layer is None else row.keys:
+            if (stacked := f"decoder.layers.{name}") in self.shapes:
                 first, *rest = self.shapes[stacked]
                 if first != self.layers:
                     raise ExportError(
                         f"{stacked!r} in {self.path} has {first} layers, the arguments say {self.layers}."
                     )
-                return self._checked(stacked, (layer,), tuple(rest), shape, convert)
-        return self._checked(f"decoder.layers.{layer}.{' or '.join(names)}", (), None, shape, convert)
+                return self._checked(stacked, (row.layer,), tuple(rest), row)
+        raise ExportError(
+            f"{self.path} has no tensor {' or '.join(names)}, which a model with its arguments must have."
+        )
 
-    def _checked(self, key, index, found, shape, convert) -> Piece:
-        if found is None:
-            raise ExportError(f"{self.path} has no tensor {key}, which a model with its arguments must have.")
+    def _checked(self, key: str, index: tuple, found: tuple[int, ...], row: Row) -> Piece:
+        shape = row.shape
         if len(found) != len(shape) or any(want not in (None, have) for want, have in zip(shape, found, strict=True)):
             wanted = "x".join("?" if n is None else str(n) for n in shape)
             raise ExportError(f"{key!r} in {self.path} is {'x'.join(map(str, found))}, the arguments say {wanted}.")
-        return Piece(key, index, convert)
+        return Piece(key, index, row.export)
 
-    def check_all_used(self, pieces: list[Piece]) -> None:
-        """A weight that no piece reads belongs to a feature that the exported model lacks."""
+    def check_all_used(self, pieces: list[Piece], state: set[str]) -> None:
+        """A weight that no piece reads, and that is no `state` of a router, is of a feature that the export lacks."""
         used = {piece.key for piece in pieces} | self.unused
         model = [key for key in self.shapes if key.split(".")[0] in ("embedding", "decoder", "output_layer", "mtp")]
-        used |= {key for key in model if key.rpartition(".")[2] in ROUTER_RECORDS}
+        used |= {key for key in model if key.rpartition(".")[0].endswith(".router") and key.rpartition(".")[2] in state}
         if left := sorted(set(model) - used):
             raise ExportError(f"the export knows no place for {', '.join(left[:5])} ({len(left)} in {self.path}).")
-
-
-def _name(name: str) -> Callable[[Tensor], dict[str, Tensor]]:
-    return lambda tensor: {name: tensor}
-
-
-def _kept(name: str, *, slots: list[int] | None) -> Callable[[Tensor], dict[str, Tensor]]:
-    """A tensor [E, ...] of the router, without the rows of inactive slots."""
-    return lambda tensor: {name: tensor if slots is None else tensor[slots]}
-
-
-def _kept_experts(weight: Tensor, *, slots: list[int] | None, convert: Callable) -> dict[str, Tensor]:
-    return convert(weight if slots is None else weight[slots])
-
-
-def _cut(name: str, *, rows: int) -> Callable[[Tensor], dict[str, Tensor]]:
-    return lambda tensor: {name: tensor[:rows]}
-
-
-def _split_qkv(attention: str, mixed: Tensor, *, groups: int, head: int) -> dict[str, Tensor]:
-    """De-interleaves [(heads + 2 groups) * H, D]: a group is its query heads, then a key head, then a value head."""
-    per_group = mixed.reshape(groups, -1, head, mixed.shape[-1])
-    query, key, value = per_group.split([per_group.shape[1] - 2, 1, 1], dim=1)
-    parts = {"q_proj": query, "k_proj": key, "v_proj": value}
-    return {f"{attention}.{name}.weight": part.reshape(-1, mixed.shape[-1]) for name, part in parts.items()}
-
-
-def _split_gate_up(mlp: str, fc1: Tensor) -> dict[str, Tensor]:
-    gate, up = fc1.chunk(2, dim=-2)
-    return _per_expert(mlp, "gate_proj", gate) | _per_expert(mlp, "up_proj", up)
-
-
-def _down(mlp: str, fc2: Tensor) -> dict[str, Tensor]:
-    return _per_expert(mlp, "down_proj", fc2)
-
-
-def _per_expert(mlp: str, name: str, weight: Tensor) -> dict[str, Tensor]:
-    if weight.dim() == 2:
-        return {f"{mlp}.{name}.weight": weight}
-    return {f"{mlp}.{e}.{name}.weight": one for e, one in enumerate(weight)}
 
 
 def stored_dtype(checkpoint: DistCheckpoint, pieces: list[Piece]) -> torch.dtype:

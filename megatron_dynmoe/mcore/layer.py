@@ -11,7 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_dynmoe.config import DynMoEConfig
-from megatron_dynmoe.mcore.config import check_config
+from megatron_dynmoe.mcore.checks import check_config
 from megatron_dynmoe.mcore.dispatcher import VariableKAllToAllDispatcher
 from megatron_dynmoe.mcore.experts import TorchGroupedMLP
 from megatron_dynmoe.mcore.flex import FlexDispatcher
@@ -35,7 +35,7 @@ class DynMoELayer(MoELayer):
         dynmoe: what ``submodules.router`` was built with; checked against ``config``.
 
     Raises:
-        ConfigError: a combination that cannot work; see :func:`megatron_dynmoe.mcore.config.check_config`.
+        ConfigError: a combination that cannot work; see :func:`megatron_dynmoe.mcore.checks.check_config`.
     """
 
     def __init__(

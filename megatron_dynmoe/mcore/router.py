@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_dynmoe.config import DynMoEConfig
 from megatron_dynmoe.losses import Totals
-from megatron_dynmoe.mcore.config import balances
+from megatron_dynmoe.mcore.checks import balances
 from megatron_dynmoe.mcore.controlled import ControlledRouter
 from megatron_dynmoe.mcore.tracker import RoutingTracker
 from megatron_dynmoe.routers import GATES, RULES, route

@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron_dynmoe.config import ConfigError, DynMoEConfig
 from megatron_dynmoe.mcore.carry import CarryingTransformerLayer
 from megatron_dynmoe.mcore.experts import TorchGroupedMLP, why_not_torch
-from megatron_dynmoe.mcore.fp8_config import recipe_of
+from megatron_dynmoe.mcore.fp8_checks import recipe_of
 from megatron_dynmoe.mcore.fp8_experts import Fp8GroupedMLP
 from megatron_dynmoe.mcore.fp8_state import pass_by_scales
 from megatron_dynmoe.mcore.layer import DynMoELayer

@@ -36,10 +36,10 @@ class Cosine(Settings):
     train_cosine_scale: bool = setting(False, exported="trained_cosine_scale")
     """Train that scale."""
 
-    diversity_coeff: float = setting(0.0, COEFFICIENT)
+    diversity_coeff: float = setting(0.0, COEFFICIENT, training=True)
     """Weight of the diversity loss, which keeps the embeddings of active experts apart (gate 'cosine')."""
 
-    simplicity_coeff: float = setting(0.0, COEFFICIENT)
+    simplicity_coeff: float = setting(0.0, COEFFICIENT, training=True)
     """Weight of the simplicity loss, which keeps the embeddings of active experts short (gate 'cosine')."""
 
 
@@ -119,9 +119,10 @@ def cosine_scale(config: RouterConfig, parameters: Mapping[str, Tensor]) -> Tens
     keep_float32=True,
 )
 def cosine_gate(x_TD: Tensor, weight_ED: Tensor, config: RouterConfig, parameters: Mapping[str, Tensor]) -> Tensor:
-    """The logits of s_e = sigmoid(scale * cos(x, w_e)).
+    """The sigmoid of the scaled cosine with each expert's embedding (DynMoE).
 
-    Guo et al. 2024, arXiv 2405.14297, eq. 3; the scale is the public code's.
+    The logits of s_e = sigmoid(scale * cos(x, w_e)): Guo et al. 2024, arXiv 2405.14297, eq. 3; the scale is the public
+    code's.
 
     Args:
         x_TD: hidden states, any float dtype.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import Field, dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 # their shape, to be filled as the model's weights are.
 Parameters = Callable[["RouterConfig", int, int], dict[str, Any]]
 NONE: Mapping[str, Tensor] = MappingProxyType({})
+Function = TypeVar("Function", bound=Callable)  # this file runs beside exported weights, with Python 3.10 too
 
 
 def softmax_over_experts(logits_TE: Tensor) -> Tensor:
@@ -87,6 +88,13 @@ class Method:
     controller: type[Controller] | None = None
     log: Callable[[RouterConfig, Mapping[str, Tensor], Tensor | None], dict[str, Tensor]] | None = None
 
+    function: Callable[..., Tensor]
+
+    @property
+    def about(self) -> str:
+        """The first line of the function's docstring, which stands in ``--help``."""
+        return (self.function.__doc__ or "").strip().partition("\n")[0]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Gate(Method):
@@ -101,7 +109,6 @@ class Gate(Method):
         keep_float32: the router's parameters stay float32 in a model of another dtype.
     """
 
-    function: Callable[..., Tensor]
     scores: Callable[[Tensor], Tensor] = softmax_over_experts
     probabilities: bool = True
     weight_shape: Callable[[int, int], tuple[int, int]] | None = None
@@ -128,12 +135,13 @@ class Rule(Method):
         may_be_empty: a token may choose nobody.  While training its output is then 0; in evaluation it visits the
             expert with the highest score.
         gates: names of the gates that it works with; empty: all.
+        most: the most columns that a token can choose, of the configuration; unset: all there are.
     """
 
-    function: Callable[..., Tensor]
     weights: Callable[..., Tensor] | None = None
     may_be_empty: bool = False
     gates: tuple[str, ...] = ()
+    most: Callable[[RouterConfig], int] | None = None
 
     def __call__(self, scores_TE: Tensor, config: RouterConfig, parameters: Mapping[str, Tensor] = NONE) -> Tensor:
         """The map of chosen experts."""
@@ -144,6 +152,7 @@ class Rule(Method):
 
 GATES: dict[str, Gate] = {}
 RULES: dict[str, Rule] = {}
+PRESETS: dict[str, dict[str, Any]] = {}
 
 
 def methods() -> Iterator[tuple[str, str, Method]]:
@@ -152,7 +161,7 @@ def methods() -> Iterator[tuple[str, str, Method]]:
         yield from ((kind, name, method) for name, method in registry.items())
 
 
-def register_gate[Function: Callable](name: str, **traits: Any) -> Callable[[Function], Function]:
+def register_gate(name: str, **traits: Any) -> Callable[[Function], Function]:
     """Decorator: make a gate known as ``--moe-gate name``; ``traits`` are fields of :class:`Gate`.
 
     Raises ValueError if the name is taken, or one of its settings means something else elsewhere.
@@ -165,7 +174,7 @@ def register_gate[Function: Callable](name: str, **traits: Any) -> Callable[[Fun
     return add
 
 
-def register_rule[Function: Callable](name: str, **traits: Any) -> Callable[[Function], Function]:
+def register_rule(name: str, **traits: Any) -> Callable[[Function], Function]:
     """Decorator: make a rule known as ``--moe-rule name``; ``traits`` are fields of :class:`Rule`.
 
     Raises ValueError if the name is taken, or one of its settings means something else elsewhere.
@@ -176,6 +185,16 @@ def register_rule[Function: Callable](name: str, **traits: Any) -> Callable[[Fun
         return function
 
     return add
+
+
+def register_preset(name: str, fields: dict[str, Any]) -> None:
+    """Make the settings of a published system known as ``--moe-preset name``; they stand in the file of its method.
+
+    Raises ValueError if the name is taken.
+    """
+    if name in PRESETS:
+        raise ValueError(f"the preset {name!r} is registered already; the names taken: {', '.join(PRESETS)}.")
+    PRESETS[name] = fields
 
 
 def _enter(registry: dict[str, Any], kind: str, name: str, method: Method) -> None:
@@ -189,6 +208,6 @@ def _enter(registry: dict[str, Any], kind: str, name: str, method: Method) -> No
     registry[name] = method
 
 
-def fields_of(method: Method) -> list[Field]:
+def fields_of(method: Method) -> tuple[Field, ...]:
     """The dataclass fields of a method's settings."""
-    return [] if method.settings is None else typed_fields(method.settings)
+    return () if method.settings is None else typed_fields(method.settings)

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import Field, dataclass, fields, replace
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
 
 from megatron_dynmoe.ranges import COEFFICIENT, COUNT, EXPERTS, MOST_EXPERTS, SCALE, SMALL, Range
 from megatron_dynmoe.routers.controller import Controller
-from megatron_dynmoe.routers.registry import GATES, RULES, Method, fields_of, methods
-from megatron_dynmoe.routers.settings import ConfigError, Settings, check_field, require, setting, typed_fields
+from megatron_dynmoe.routers.registry import GATES, RULES, Gate, Method, Rule, fields_of, methods
+from megatron_dynmoe.routers.settings import Checked, ConfigError, Settings, refuse, setting, typed_fields
+
+if TYPE_CHECKING:
+    from typing import Self
 
 
 @dataclass(frozen=True, kw_only=True, init=False)
-class RouterConfig:
+class RouterConfig(Checked):
     """A router without its weights.
 
     The settings of gate and rule are given by their names beside the fields below, and are read in the same way:
@@ -26,42 +29,40 @@ class RouterConfig:
     Raises:
         ConfigError: a value that is not accepted, an unknown method, or a setting that nobody reads.
         TypeError: a name that nothing has.
+        ValueError: a method's setting has the name of a field below.
     """
 
-    gate: str = "softmax"
-    """Gate: how hidden states become scores, in float32. 'softmax': a linear map, then softmax over the experts;
-    'tanh': two linear maps with tanh between, then softmax (the released MoE++); 'cosine': the sigmoid of the scaled
-    cosine with each expert's embedding (DynMoE)."""
+    gate: str = setting("softmax", exported="router_gate")
+    """Gate: how hidden states become scores, in float32."""
 
-    rule: str = "top-p"
-    """Rule: which experts a token visits. 'top-p': the smallest set whose probability exceeds --moe-top-p
-    (Dynamic MoE); 'top-k': the --moe-router-topk most probable (Switch with 1, GShard with 2); 'top-any': all whose
-    score passes their own learned threshold, perhaps none (DynMoE; needs gate 'cosine')."""
+    rule: str = setting("top-p", exported="router_rule")
+    """Rule: which experts a token visits."""
 
     max_experts_per_token: int | None = setting(None, COUNT._replace(optional=True))
     """Upper bound on the experts of one token, under every rule; the most probable stay. Unset: no bound."""
 
-    max_rows: int | None = setting(None, COUNT._replace(optional=True))
+    max_rows: int | None = setting(None, COUNT._replace(optional=True), training=True)
     """Memory guard: upper bound on the routed rows of one layer and micro-batch on each rank. Above it the least
     probable extra assignments are cut; a token's best expert stays, so the bound is never below the token count.
     It holds while training."""
 
-    max_rows_per_token: float | None = setting(None, Range(1, MOST_EXPERTS, optional=True))
+    max_rows_per_token: float | None = setting(None, Range(1, MOST_EXPERTS, optional=True), training=True)
     """The same bound as a multiple of the rank's token count; with both, the smaller one holds."""
 
-    normalize_weights: bool = setting(False)
+    normalize_weights: bool = setting(False, exported="normalize_router_weights")
     """Divide the weights of a token's experts by their sum (GShard). Dynamic MoE and Switch use the raw
     probabilities."""
 
-    load_balance_coeff: float = setting(0.0, COEFFICIENT, megatron="moe_aux_loss_coeff")
-    """Weight alpha of the load-balance loss; --moe-router-load-balancing-type none turns it off. Under rule 'top-any'
-    its gradient goes through the division by a token's number of experts, as in DynMoE's public code."""
+    load_balance_coeff: float = setting(0.0, COEFFICIENT, megatron="moe_aux_loss_coeff", training=True)
+    """Weight alpha of the load-balance loss; --moe-router-load-balancing-type none turns it off."""
 
-    z_loss_coeff: float | None = setting(None, COEFFICIENT._replace(optional=True), megatron="moe_z_loss_coeff")
+    z_loss_coeff: float | None = setting(
+        None, COEFFICIENT._replace(optional=True), megatron="moe_z_loss_coeff", training=True
+    )
     """Weight of the router z-loss; unset: none."""
 
     input_jitter_eps: float | None = setting(
-        None, Range(0, 1, open="most", optional=True), megatron="moe_input_jitter_eps"
+        None, Range(0, 1, open="most", optional=True), megatron="moe_input_jitter_eps", training=True
     )
     """Multiply the router's input by uniform noise in [1 - eps, 1 + eps] while training; unset: none."""
 
@@ -74,11 +75,11 @@ class RouterConfig:
     constant_experts: int = setting(0, EXPERTS)
     """Constant experts, E(x) = a1 x + a2 v with a learned v and [a1, a2] = softmax(W x)."""
 
-    tau: float = setting(0.75, Range(SMALL, 1))
+    tau: float = setting(0.75, Range(SMALL, 1), training=True)
     """Weight of zero-computation experts in the load-balance loss and in capacities; a smaller one sends more tokens
     to them."""
 
-    capacity_gamma: float | None = setting(None, SCALE._replace(optional=True))
+    capacity_gamma: float | None = setting(None, SCALE._replace(optional=True), training=True)
     """Capacity factor while training: of a rank's T tokens an FFN expert takes gamma * tau * T / (tau N_FFN + N_ZC), a
     zero-computation expert gamma * T / (tau N_FFN + N_ZC), those with the highest scores. Unset: all of them."""
 
@@ -103,22 +104,23 @@ class RouterConfig:
             object.__setattr__(self, field.name, values.pop(field.name, field.default))
         for kind, registry in (("gate", GATES), ("rule", RULES)):
             name = getattr(self, kind)
-            require(type(self).__name__, kind, name, name in registry, f"one of {', '.join(registry)}")
+            self.require(kind, isinstance(name, str) and name in registry, f"one of {', '.join(registry)}")
         object.__setattr__(self, "settings", tuple(self._chosen(values, given)))
         _refuse_the_others(self, values)
-        for field in own_fields(type(self)):
-            check_field(type(self).__name__, field, getattr(self, field.name))
+        self.check_fields()
         self.check()
 
     def _chosen(self, values: dict[str, Any], given: Mapping[Settings, None]) -> Iterator[Settings]:
         """Settings of gate and rule: of ``given`` where they fit, with what ``values`` says on top; it is taken out."""
         before = {type(settings): settings for settings in given}
         for kind in dict.fromkeys(m.settings for m in self.methods if m.settings is not None):
+            if taken := {field.name for field in fields(kind)} & self.__dict__.keys():
+                raise ValueError(f"{kind.__name__} has a setting {min(taken)!r}, which every router has already.")
             said = {field.name: values.pop(field.name) for field in fields(kind) if field.name in values}
             yield replace(before[kind], **said) if kind in before else kind(**said)
 
     @property
-    def methods(self) -> tuple[Method, Method]:
+    def methods(self) -> tuple[Gate, Rule]:
         """Gate and rule."""
         return GATES[self.gate], RULES[self.rule]
 
@@ -144,12 +146,19 @@ class RouterConfig:
             settings.check_router(self)
         gates = RULES[self.rule].gates
         wanted = f"another rule, or {self.rule!r} with --moe-gate {' or '.join(gates)}"
-        require(type(self).__name__, "rule", self.rule, not gates or self.gate in gates, wanted)
+        self.require("rule", not gates or self.gate in gates, wanted)
         fits = self.zero_experts > 0 and GATES[self.gate].probabilities
         wanted = "off, or --moe-zero-experts and a gate whose scores are probabilities"
-        require(
-            type(self).__name__, "drop_zero_weight", self.drop_zero_weight, fits or not self.drop_zero_weight, wanted
-        )
+        self.require("drop_zero_weight", fits or not self.drop_zero_weight, wanted)
+
+    def check_columns(self, experts: int) -> None:
+        """What gate and rule want of a layer with so many FFN experts.
+
+        Raises:
+            ConfigError: a setting that these experts cannot serve.
+        """
+        for settings in self.settings:
+            settings.check_columns(self, experts)
 
     def __getattr__(self, name: str) -> Any:
         if not name.startswith("_"):
@@ -190,6 +199,17 @@ def all_fields(kind: type[RouterConfig]) -> list[Field]:
     return list(found.values())
 
 
+def exported_fields(*chosen: Method, own: bool = False) -> dict[str, Field]:
+    """What an export is set by, by the names of its ``config.json``; what acts while training alone is not in it.
+
+    Args:
+        chosen: gate and rule.
+        own: the fields of the configuration, too.
+    """
+    found = [*(own_fields(RouterConfig) if own else ()), *(field for method in chosen for field in fields_of(method))]
+    return {f.metadata["exported"] or f.name: f for f in found if not f.metadata["training"]}
+
+
 def _refuse_the_others(config: RouterConfig, values: dict[str, Any]) -> None:
     """What is left of ``values`` belongs to methods that are not chosen, where it may only be the default."""
     for name, value in values.items():
@@ -200,7 +220,7 @@ def _refuse_the_others(config: RouterConfig, values: dict[str, Any]) -> None:
         if value != readers[0][2].default and not readers[0][2].metadata.get("megatron"):
             who = " or ".join(f"--moe-{kind} {method}" for kind, method, _ in readers)
             wanted = f"{readers[0][2].default!r}, or {who}, which reads it (gate {config.gate!r}, rule {config.rule!r})"
-            require(type(config).__name__, name, value, False, wanted, readers[0][2])
+            refuse(readers[0][2], value, wanted)
 
 
-__all__ = ["ConfigError", "RouterConfig", "all_fields", "own_fields"]
+__all__ = ["ConfigError", "RouterConfig", "all_fields", "exported_fields", "own_fields"]

@@ -17,7 +17,7 @@ from megatron_dynmoe.routers.settings import Settings, setting
 class Probabilities(Settings):
     """Settings of gates whose scores are probabilities."""
 
-    entropy_coeff: float = setting(0.0, COEFFICIENT)
+    entropy_coeff: float = setting(0.0, COEFFICIENT, training=True)
     """Weight beta of the entropy ('dynamic') loss, which keeps a top-p router from flat distributions."""
 
 
@@ -30,7 +30,7 @@ ENTROPY = Loss("entropy_loss", "entropy_coeff", _entropy)
 
 @register_gate("softmax", settings=Probabilities, losses=(ENTROPY,))
 def softmax_gate(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
-    """W x; its scores are softmax probabilities (Huang et al. 2024, arXiv 2403.07652, eq. 2).
+    """W x, then softmax over the experts (Huang et al. 2024, arXiv 2403.07652, eq. 2).
 
     Args:
         x_TD: hidden states, any float dtype.

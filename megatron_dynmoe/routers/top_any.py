@@ -13,8 +13,8 @@ from megatron_dynmoe.ranges import COEFFICIENT, COUNT, MOST, Range
 from megatron_dynmoe.routers.adaptation import Adaptation
 from megatron_dynmoe.routers.auxiliary import balance
 from megatron_dynmoe.routers.cosine import cosine_scale
-from megatron_dynmoe.routers.registry import Loss, Routed, register_rule
-from megatron_dynmoe.routers.settings import Settings, require, setting
+from megatron_dynmoe.routers.registry import Loss, Routed, register_preset, register_rule
+from megatron_dynmoe.routers.settings import Settings, setting
 
 if TYPE_CHECKING:
     from megatron_dynmoe.routers.router_config import RouterConfig
@@ -24,45 +24,50 @@ if TYPE_CHECKING:
 class TopAny(Settings):
     """Settings of rule 'top-any'."""
 
-    efficiency_coeff: float = setting(0.0, COEFFICIENT)
+    efficiency_coeff: float = setting(0.0, COEFFICIENT, training=True)
     """Weight of the efficiency loss, the share of all (token, expert) pairs that is routed (rule 'top-any')."""
 
     adaptive_experts: bool = setting(False)
     """Let the number of experts adapt: --num-experts are slots, those that no token visits are removed, and slots are
     added where tokens visit nobody (DynMoE; needs rule 'top-any')."""
 
-    initial_experts: int | None = setting(None, COUNT._replace(optional=True))
+    initial_experts: int | None = setting(None, COUNT._replace(optional=True), training=True)
     """Slots that are active at the start of training, with --moe-adaptive-experts; unset: all."""
 
-    record_from: int = setting(300, Range(0, MOST, whole=True))
+    record_from: int = setting(300, Range(0, MOST, whole=True), training=True)
     """Iteration of a period from which routing is recorded; 0 is the first."""
 
-    update_at: int = setting(600, COUNT)
+    update_at: int = setting(600, COUNT, training=True)
     """Iteration of a period at whose start experts are removed and added, and the recording ends."""
 
-    update_period: int = setting(900, Range(0, MOST, whole=True))
+    update_period: int = setting(900, Range(0, MOST, whole=True), training=True)
     """Iterations from one update to the next; 0: only by hand."""
 
-    max_added_experts: int = setting(1, COUNT)
+    max_added_experts: int = setting(1, COUNT, training=True)
     """Experts added in one update at most; DynMoE adds one."""
 
-    added_expert_init: str = setting("keep", ["keep", "fresh", "copy"])
+    added_expert_init: str = setting("keep", ["keep", "fresh", "copy"], training=True)
     """Weights of an added expert: 'keep', what its slot holds (DynMoE); 'fresh', newly initialised; 'copy', those of
     the most similar active expert. With the last two its optimizer state starts again."""
 
     def check(self) -> None:
         """A start needs adaptation, and a window must end within its period."""
         fits = self.initial_experts is None or self.adaptive_experts
-        require("TopAny", "initial_experts", self.initial_experts, fits, "unset, or --moe-adaptive-experts")
+        self.require("initial_experts", fits, "unset, or --moe-adaptive-experts")
         start, end, period = self.record_from, self.update_at, self.update_period
         wanted = f"after --moe-record-from {start}, at most --moe-update-period {period}: else the window never ends"
-        require("TopAny", "update_at", end, period == 0 or start < end <= period, wanted)
+        self.require("update_at", period == 0 or start < end <= period, wanted)
 
     def check_router(self, config: RouterConfig) -> None:
         """Slots are FFN experts alone."""
         combined = bool(config.zero_computation_experts or config.gating_residual)
         wanted = "off: slots are not combined with zero-computation experts or gating residuals yet"
-        require("TopAny", "adaptive_experts", True, not (self.adaptive_experts and combined), wanted)
+        self.require("adaptive_experts", not (self.adaptive_experts and combined), wanted)
+
+    def check_columns(self, config: RouterConfig, experts: int) -> None:
+        """As many slots as are to be active."""
+        fits = self.initial_experts is None or self.initial_experts <= experts
+        self.require("initial_experts", fits, f"at most {experts}, the slots of --num-experts")
 
 
 def gate_shares(weights_TE: Tensor) -> Tensor:
@@ -167,7 +172,9 @@ def threshold_log(config: RouterConfig, parameters: Mapping[str, Tensor], active
     log=threshold_log,
 )
 def top_any_map(scores_TE: Tensor, config: RouterConfig, parameters: Mapping[str, Tensor]) -> Tensor:
-    """Experts whose score exceeds sigmoid(scale * threshold), strictly (Guo et al. 2024, arXiv 2405.14297, eq. 4).
+    """All experts whose score passes their own learned threshold, perhaps none (DynMoE; needs gate 'cosine').
+
+    The score exceeds sigmoid(scale * threshold), strictly (Guo et al. 2024, arXiv 2405.14297, eq. 4).
 
     Args:
         scores_TE: float32 scores of the cosine gate.
@@ -178,3 +185,17 @@ def top_any_map(scores_TE: Tensor, config: RouterConfig, parameters: Mapping[str
         bool [T, E]; a row may be empty, also one with NaN.
     """
     return _margin_TE(scores_TE, config, parameters) > 0
+
+
+# Guo et al. 2024, arXiv 2405.14297: top-any gating, both losses at 1e-2; scale and schedule are those of the public
+# code's DeepSpeed layer (scale 1, not trained; record from 300, update at 600, period 900).
+register_preset(
+    "dynmoe",
+    {
+        "gate": "cosine",
+        "rule": "top-any",
+        "diversity_coeff": 1e-2,
+        "simplicity_coeff": 1e-2,
+        "adaptive_experts": True,
+    },
+)

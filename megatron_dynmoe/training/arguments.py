@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import argparse
 from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping
 from dataclasses import Field
 from typing import Any
 
 from megatron.training.argument_utils import ArgumentGroupFactory
 
+from megatron_dynmoe.checks import check_division
 from megatron_dynmoe.config import PRESETS, ConfigError, DynMoEConfig, dest_of, flag_of, preset_fields, without_unread
 from megatron_dynmoe.routers import GATES, RULES
-from megatron_dynmoe.routers.registry import methods
+from megatron_dynmoe.routers.registry import Method, methods
 from megatron_dynmoe.routers.router_config import all_fields
 from megatron_dynmoe.routers.settings import typed_fields
 from megatron_dynmoe.training.resume import add_resume_args
@@ -30,9 +32,13 @@ class _DynMoEFlags(ArgumentGroupFactory):
         kwargs |= {"arg_names": [flag_of(attribute.name)], "dest": dest_of(attribute.name)}
         if typed[attribute.name].type is bool:
             kwargs["action"] = argparse.BooleanOptionalAction
-        accepts = {"gate": list(GATES), "rule": list(RULES)}.get(attribute.name, attribute.metadata.get("accepts"))
+        registries: dict[str, Mapping[str, Method]] = {"gate": GATES, "rule": RULES}
+        registry = registries.get(attribute.name, {})
+        accepts = list(registry) or attribute.metadata.get("accepts")
         if isinstance(accepts, list):
             kwargs["metavar"] = "{" + ",".join(accepts) + "}"
+        for name, method in registry.items():
+            kwargs["help"] += f" '{name}': {method.about}"
         kwargs["help"] = kwargs["help"].replace("%", "%%") + f" Default: {attribute.default}."
         return kwargs
 
@@ -50,6 +56,14 @@ def add_dynmoe_args(parser: ArgumentParser) -> ArgumentParser:
         default=None,
         metavar="{" + ",".join(PRESETS) + "}",
         help="Settings of a published system; flags given beside it win.",
+    )
+    group.add_argument(
+        "--moe-plugin",
+        action="extend",
+        nargs="+",
+        default=None,
+        metavar="PACKAGE.MODULE",
+        help="Import these modules, which register methods; installed plug-ins are found without.",
     )
     group.add_argument(
         "--moe-metrics-file",
@@ -83,7 +97,11 @@ def expand_preset(argv: list[str]) -> list[str]:
     flags: list[str] = []
     chosen = {name: value for name, value in said.items() if value is not None}
     for name, value in without_unread(preset_fields(preset), chosen).items():
-        flags += [flag_of(name)] if value is True else [flag_of(name), str(value)]
+        flag = flag_of(name)
+        if isinstance(value, bool):
+            flags += [flag if value else flag.replace("--", "--no-", 1)]
+        elif value is not None:  # unset is the default
+            flags += [flag, str(value)]
     return flags + list(argv)
 
 
@@ -112,15 +130,7 @@ def dynmoe_from_args(args: Namespace) -> DynMoEConfig:
             raise ConfigError(f"--moe-aux-loss-coeff is {coeff}; accepted: one number, the load-balance loss's weight.")
         values["load_balance_coeff"] = coeff[0]
     config = DynMoEConfig(**values)
-    experts, ranks = args.num_experts, args.expert_model_parallel_size
-    if experts is not None and experts % ranks:
-        raise ConfigError(
-            f"--num-experts is {experts}, which does not divide by --expert-model-parallel-size {ranks}; "
-            f"accepted: a multiple of {ranks}."
-        )
-    if config.initial_experts is not None and config.initial_experts > (experts or 0):
-        raise ConfigError(
-            f"--moe-initial-experts is {config.initial_experts}, more than the slots of --num-experts {experts}; "
-            f"accepted: at most {experts}."
-        )
+    if args.num_experts is not None:
+        check_division(args.num_experts, args.expert_model_parallel_size)
+        config.check_columns(args.num_experts)
     return config

@@ -22,50 +22,18 @@ from torch import Tensor
 
 from megatron_dynmoe.mcore.controllers import Driver
 from megatron_dynmoe.mcore.tracker import RoutingTracker
-from megatron_dynmoe.metrics import ModelShape, RoutingSummary
+from megatron_dynmoe.metrics import RoutingSummary
+from megatron_dynmoe.model_shape import ModelShape
+from megatron_dynmoe.training.arguments import dynmoe_from_args
 from megatron_dynmoe.training.interval import IntervalSums
 from megatron_dynmoe.training.step import LossSums
 
 
 def model_shape(args: Namespace) -> ModelShape:
     """The shape of the model that Megatron's parsed flags describe."""
-    freq = args.moe_layer_freq
-    moe = [int(i % freq == 0) for i in range(args.num_layers)] if isinstance(freq, int) else list(freq)
-    mtp_layers = args.mtp_num_layers or 0
-    if mtp_layers and args.mtp_use_repeated_layer:
-        mtp_layers = 1
-    moe += moe[-1:] * mtp_layers  # they are as the decoder's last layer
-    return ModelShape(
-        layers=args.num_layers + mtp_layers,
-        moe_layers=sum(moe) if args.num_experts else 0,
-        width=args.hidden_size,
-        heads=args.num_attention_heads,
-        head_width=args.kv_channels or args.hidden_size // args.num_attention_heads,
-        query_groups=args.num_query_groups if args.group_query_attention else args.num_attention_heads,
-        dense_width=args.ffn_hidden_size,
-        expert_width=args.moe_ffn_hidden_size or args.ffn_hidden_size,
-        experts=args.num_experts or 0,
-        shared_width=args.moe_shared_expert_intermediate_size or 0,
-        vocabulary=args.padded_vocab_size,
-        mtp_layers=mtp_layers,
-        router_extra=router_extra(args),
-        gated=args.swiglu,
-        tied=not args.untie_embeddings_and_output_weights,
-        query_key_norms=args.qk_layernorm,
-    )
-
-
-def router_extra(args: Namespace) -> int:
-    """Parameters of a layer's router beside its weight (thresholds, a trained scale), and of the residual mixer."""
-    width, free = args.hidden_size, args.moe_zero_experts + args.moe_copy_experts + args.moe_constant_experts
-    columns = (args.num_experts or 0) + free
-    thresholds = columns if args.moe_rule == "top-any" else 0
-    mixer = 2 * (width + 1) if args.moe_residual else 0
-    # The gate, less the weight [E, D] that every router is counted with; H = 8C.
-    gate = 8 * columns * (width + columns) if args.moe_gate == "tanh" else columns * width
-    gate -= (args.num_experts or 0) * width
-    gate += columns**2 if args.moe_gating_residual else 0
-    return gate + thresholds + int(args.moe_train_cosine_scale) + mixer + 3 * args.moe_constant_experts * width
+    experts = args.num_experts or 0
+    beside = dynmoe_from_args(args).parameters_beside(experts, args.hidden_size) if experts else 0
+    return ModelShape.from_args(args, vocabulary=args.padded_vocab_size, router_extra=beside)
 
 
 def routed_flops(args: Namespace, experts_per_token: float, batch_size: int) -> float:

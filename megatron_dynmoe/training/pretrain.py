@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_dynmoe import host
 from megatron_dynmoe.config import DynMoEConfig
 from megatron_dynmoe.launch.parent import end_with_parent, under_torchrun
-from megatron_dynmoe.mcore.config import check_config
+from megatron_dynmoe.mcore.checks import check_config
 from megatron_dynmoe.mcore.controllers import Driver
 from megatron_dynmoe.mcore.fp8_state import then_update_scales
 from megatron_dynmoe.mcore.stages import fix_width

@@ -10,7 +10,7 @@ from torch.nn import Parameter
 
 from megatron_dynmoe import host
 from megatron_dynmoe.config import ConfigError, DynMoEConfig
-from megatron_dynmoe.mcore.config import check_config
+from megatron_dynmoe.mcore.checks import check_config
 from megatron_dynmoe.mcore.controllers import Driver
 from megatron_dynmoe.mcore.slots import Slice, check_optimizer, write
 from tests import ranks

@@ -6,10 +6,9 @@ Nothing is computed and no rank is started: collectives do nothing, and the coun
 import pytest
 import torch
 
-from megatron_dynmoe.config import DynMoEConfig
+from megatron_dynmoe.config import PRESETS, DynMoEConfig
 from megatron_dynmoe.planning import Model
 from megatron_dynmoe.planning.memory import LayerRows, index_bytes, moe_token_bytes, row_bytes, token_bytes
-from megatron_dynmoe.presets import PRESETS
 from tests import ranks
 
 T, D, F, E, R = 2048, 512, 1024, 16, 8

@@ -38,7 +38,7 @@ class Case:
 
 def cases(*, brief: bool = False) -> list[Case]:
     """Every preset and unit, with each thing that changes the way of a token; ``brief``: what changes little apart."""
-    from megatron_dynmoe.presets import PRESETS
+    from megatron_dynmoe.config import PRESETS
 
     found = []
     for preset, fields in PRESETS.items():

@@ -1,0 +1,1 @@
+"""Routers that are not in megatron_dynmoe; each module registers one."""
