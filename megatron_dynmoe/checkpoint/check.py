@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .archive import Archive, DamagedError
 from .errors import CheckpointError, NotPlainError
 from .folder import format_of
@@ -92,6 +94,23 @@ def read_place(folder: Path, place: Place, file: Any, *, checksums: bool = True)
         raise NotPlainError(f"{where} {error}; that is no plain data, see docs/checkpoints.md.") from None
     except DamagedError as error:
         raise CheckpointError(f"{where} {error}; it is damaged, choose an earlier iteration.") from None
+
+
+def read_tensor(folder: Path, place: Place) -> torch.Tensor:
+    """The tensor of one archive, built of its bytes, which are held against their checksum.
+
+    Raises:
+        CheckpointError: naming the file and the key.
+    """
+    with open(folder / place.file, "rb") as file:
+        found = read_place(folder, place, file, checksums=False)
+        try:
+            raw = bytearray(Archive(file, place.start, place.length).read(f"data/{found.storage.key}"))
+            flat = torch.frombuffer(raw, dtype=place.dtype) if raw else torch.empty(0, dtype=place.dtype)
+            return flat.as_strided(found.size, found.stride, found.offset)
+        except (DamagedError, RuntimeError, ValueError) as error:  # torch's: a place outside of the storage
+            reason = " ".join(str(error).split())
+            raise CheckpointError(f"{folder / place.file}: {place.key!r} {reason}; it is damaged.") from None
 
 
 def _check_tensor(found: Any, place: Place) -> None:

@@ -33,7 +33,10 @@ INDEX = ".metadata"
 
 @dataclass(frozen=True)
 class Place:
-    """Where a chunk of `key` lies: `length` bytes of `file` from `start` on; `size` is its shape, of a tensor."""
+    """Where a chunk of `key` lies: `length` bytes of `file` from `start` on.
+
+    Of a tensor `size` is the chunk's shape, and `offsets` its place in the whole.
+    """
 
     key: str
     file: str
@@ -41,6 +44,7 @@ class Place:
     length: int
     size: tuple[int, ...] | None = None
     dtype: torch.dtype | None = None
+    offsets: tuple[int, ...] = ()
 
     @property
     def is_tensor(self) -> bool:
@@ -78,7 +82,8 @@ def places(index: Metadata) -> list[Place]:
     for at, info in index.storage_data.items():
         size = sizes.get((at.fqn, at.offset))
         dtype = tensors[at.fqn].properties.dtype if size is not None else None
-        found.append(Place(at.fqn, info.relative_path, info.offset, info.length, size, dtype))
+        offsets = tuple(at.offset or ())
+        found.append(Place(at.fqn, info.relative_path, info.offset, info.length, size, dtype, offsets))
     return sorted(found, key=lambda place: (place.file, place.start))
 
 

@@ -7,50 +7,18 @@ file `common.pt` (before).
 """
 
 import argparse
-import io
 import math
+from collections import defaultdict
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from .archive import Archive
-from .check import all_places, check_places, common_state
+from .check import all_places, check_places, common_state, read_tensor
 from .errors import CheckpointError
 from .folder import CONFIG, TRACKER, format_of, iterations, latest_folder
-from .index import read_index
-
-
-class _CheckedReader(FileSystemReader):
-    """PyTorch's reader over our index; checks each chunk, which `torch.load` does not."""
-
-    def read_metadata(self, *args, **kwargs) -> Metadata:
-        return read_index(Path(self.path))
-
-    def _slice_file(self, file, sinfo):
-        Archive(file, sinfo.offset, sinfo.length).verify()
-        file.seek(sinfo.offset)
-        return io.BytesIO(file.read(sinfo.length))
-
-
-class _Target:
-    """The part of a load planner that the reader talks to: where to put one tensor."""
-
-    def __init__(self, tensor: Tensor):
-        self.tensor = tensor
-
-    def resolve_tensor(self, item: ReadItem) -> Tensor:
-        view = self.tensor
-        for dim, (start, length) in enumerate(zip(item.dest_offsets, item.lengths, strict=True)):
-            view = view.narrow(dim, start, length)
-        return view
-
-    def commit_tensor(self, item: ReadItem, tensor: Tensor) -> None:
-        pass
+from .index import Place, read_index
 
 
 class DistCheckpoint:
@@ -72,11 +40,11 @@ class DistCheckpoint:
         places = all_places(self.path)
         check_places(self.path, places, checksums=False)  # of what is read later, `read` checks them
         self.args = _args(self.path, common_state(self.path, places))
-        self._reader = _CheckedReader(self.path)
-        self._metadata = self._reader.read_metadata()
-        self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
-        entries = self._metadata.state_dict_metadata
+        entries = read_index(self.path).state_dict_metadata
         self._tensors = {key: entry for key, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+        self._chunks: dict[str, list[Place]] = defaultdict(list)
+        for place in places:
+            self._chunks[place.key].append(place)
         self.shapes = {key: tuple(entry.size) for key, entry in self._tensors.items()}
 
     def dtype(self, key: str) -> torch.dtype:
@@ -91,21 +59,25 @@ class DistCheckpoint:
         """
         if key not in self._tensors:
             raise CheckpointError(f"{self.path} has no tensor {key!r}.")
-        entry = self._tensors[key]
-        offsets = torch.Size((*index, *[0] * (len(entry.size) - len(index))))
-        sizes = torch.Size((*[1] * len(index), *entry.size[len(index) :]))
-        items = create_read_items_for_chunk_list(key, entry, [ChunkStorageMetadata(offsets=offsets, sizes=sizes)])
-        if sum(math.prod(item.lengths) for item in items) != math.prod(sizes):
+        shape, read = self.shapes[key], 0
+        target = torch.empty(shape[len(index) :], dtype=self.dtype(key))
+        for place in self._chunks[key]:
+            begin, size = place.offsets, place.size or ()
+            if any(not first <= at < first + length for at, first, length in zip(index, begin, size, strict=False)):
+                continue
+            try:
+                chunk = read_tensor(self.path, place)
+            except (CheckpointError, OSError) as error:
+                raise CheckpointError(
+                    f"{key!r} cannot be read from {place.file} in {self.path}: corrupted ({error})."
+                ) from error
+            part = chunk[tuple(at - first for at, first in zip(index, begin, strict=False))]
+            rest = zip(begin[len(index) :], size[len(index) :], strict=True)
+            target[tuple(slice(first, first + length) for first, length in rest)] = part
+            read += part.numel()
+        if read != math.prod(target.shape):
             raise CheckpointError(f"{self.path} holds only a part of {key!r}{list(index) or ''}: data is missing.")
-        target = _Target(torch.empty(sizes, dtype=entry.properties.dtype))
-        try:
-            self._reader.read_data(LoadPlan(items), target).wait()
-        except Exception as error:  # torch, pickle and the file system each have their own
-            files = ", ".join(sorted({self._metadata.storage_data[item.storage_index].relative_path for item in items}))
-            raise CheckpointError(
-                f"{key!r} cannot be read from {files} in {self.path}: corrupted ({error})."
-            ) from error
-        return target.tensor.reshape(entry.size[len(index) :])
+        return target
 
 
 def _args(folder: Path, state: dict | None) -> argparse.Namespace:

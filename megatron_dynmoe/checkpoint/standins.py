@@ -69,10 +69,12 @@ class Storage(Record):
 
 
 class PlainTensor(Record):
-    """A tensor that was not built: its `storage`, `size` and `dtype`."""
+    """A tensor that was not built: its `storage`, where in it (`offset`, `stride`), `size` and `dtype`."""
 
     storage: Storage
+    offset: int
     size: tuple[int, ...]
+    stride: tuple[int, ...]
     dtype: torch.dtype | None
 
     def __new__(cls, storage: Any, offset: Any, size: Any, stride: Any, grad: Any, hooks: Any, *more: Any) -> Any:
@@ -81,8 +83,11 @@ class PlainTensor(Record):
         dtype, rest = (more[0], more[1:]) if more and isinstance(more[0], torch.dtype) else (storage.dtype, more)
         if any(rest) or type(size) not in (tuple, list):
             raise NotPlainError("has a tensor with attributes")
+        if type(stride) not in (tuple, list) or not all(type(n) is int and n >= 0 for n in (offset, *size, *stride)):
+            raise NotPlainError("has a tensor whose place in its storage is not said in whole numbers")
         self = object.__new__(cls)
         self.storage, self.size, self.dtype = storage, tuple(size), dtype
+        self.offset, self.stride = offset, tuple(stride)
         return self
 
     def __setstate__(self, state: Any) -> None:

@@ -24,13 +24,12 @@ SHARED = tuple(f"{PACKAGE}.{room}" for room in ("routers", "losses", "ranges", "
 
 @dataclass(frozen=True)
 class _Import:
-    """`from module import names`, with the lines of the source that it takes."""
+    """An import of what comes along: lines `first` to `last` of a file, and what of which module they name."""
 
-    module: str
-    names: tuple[ast.alias, ...]
     first: int
     last: int
     indent: int
+    targets: dict[str, list[ast.alias]]
 
 
 def write_code(gate: str, rule: str, folder: str | Path) -> None:
@@ -47,20 +46,15 @@ def sources(gate: str, rule: str) -> dict[str, str]:
     """The files by name; see :func:`write_code`."""
     methods = _homes(gate, rule)
     own = {module.partition(".")[0] for module in methods} | {PACKAGE}
-    found: dict[str, str] = {}
     todo = [*ROOTS, *methods]
-    modules: list[str] = []
+    imports: dict[str, list[_Import]] = {}
     while todo:
         module = todo.pop(0)
-        if module not in modules:
-            modules.append(module)
-            todo += [
-                target for entry in _imports(module, own, methods) for target, _ in _targets(module, entry, methods)
-            ]
-    names = _names(modules)
-    for module in modules:
-        found[f"{names[module]}.py"] = _rewritten(module, own, methods, names)
-    return found
+        if module not in imports:
+            imports[module] = list(_imports(module, own, methods))
+            todo += [target for entry in imports[module] for target in entry.targets]
+    names = _names(list(imports))
+    return {f"{names[module]}.py": _rewritten(module, entries, names) for module, entries in imports.items()}
 
 
 def _homes(gate: str, rule: str) -> tuple[str, ...]:
@@ -106,8 +100,13 @@ def _imports(module: str, own: set[str], methods: tuple[str, ...]) -> Iterator[_
             origin = importlib.util.resolve_name(relative, package) if node.level else node.module or ""
             said = f"from {relative} import {', '.join(alias.name for alias in node.names)}"
             methods_of_root = is_root and (origin, node.names[0].name) == (PACKAGE, "routers")
-            if methods_of_root or _check(path, origin, own, said, is_root, whole=node.module is None):
-                yield _Import(origin, tuple(node.names), node.lineno, node.end_lineno or 0, node.col_offset)
+            if methods_of_root:
+                targets = {method: [ast.alias("__name__", f"_method{n}")] for n, method in enumerate(methods)}
+            elif _check(path, origin, own, said, is_root, whole=node.module is None):
+                targets = _targets(path, origin, node.names)
+            else:
+                continue
+            yield _Import(node.lineno, node.end_lineno or node.lineno, node.col_offset, targets)
 
 
 def _check(path: Path, module: str, own: set[str], said: str, is_root: bool, *, whole: bool) -> bool:
@@ -122,27 +121,25 @@ def _check(path: Path, module: str, own: set[str], said: str, is_root: bool, *, 
     raise ExportError(f"{path} says '{said}', which cannot be copied beside the weights; accepted: {wanted}.")
 
 
-def _targets(module: str, entry: _Import, methods: tuple[str, ...]) -> list[tuple[str, list[ast.alias]]]:
-    """The modules that an import's names come from: of a package, those that it has them from.
+def _targets(path: Path, module: str, names: list[ast.alias]) -> dict[str, list[ast.alias]]:
+    """The modules that names come from which the file `path` imports from `module`; a package has them from others.
 
     Raises:
         ExportError: a package has a name from nowhere.
     """
-    if (entry.module, entry.names[0].name) == (PACKAGE, "routers"):
-        return [(method, [ast.alias("__name__", f"_method{n}")]) for n, method in enumerate(methods)]
-    path = _path(entry.module)
-    if path.name != "__init__.py":
-        return [(entry.module, list(entry.names))]
+    source = _path(module)
+    if source.name != "__init__.py":
+        return {module: names}
     found: dict[str, list[ast.alias]] = {}
-    for alias in entry.names:
-        home = _home(entry.module, path, alias.name)
+    for alias in names:
+        home = _home(module, source, alias.name)
         if home is None:
             raise ExportError(
-                f"{_path(module)} says 'from {entry.module} import {alias.name}', which is a module or stands in the "
-                "package itself; accepted: 'from ... import' of what stands in a module."
+                f"{path} says 'from {module} import {alias.name}', which is a module or stands in the package itself; "
+                "accepted: 'from ... import' of what stands in a module."
             )
         found.setdefault(home, []).append(alias)
-    return list(found.items())
+    return found
 
 
 def _home(package: str, path: Path, name: str) -> str | None:
@@ -155,15 +152,14 @@ def _home(package: str, path: Path, name: str) -> str | None:
     return None
 
 
-def _rewritten(module: str, own: set[str], methods: tuple[str, ...], names: dict[str, str]) -> str:
+def _rewritten(module: str, imports: list[_Import], names: dict[str, str]) -> str:
     """The source with import lines that point to files beside it."""
     lines = _path(module).read_text(encoding="utf-8").splitlines(keepends=True)
-    for entry in sorted(_imports(module, own, methods), key=lambda entry: -entry.first):
-        new = [
-            f"{' ' * entry.indent}from .{names[target]} import {', '.join(_said(alias) for alias in aliases)}\n"
-            for target, aliases in _targets(module, entry, methods)
+    for entry in sorted(imports, key=lambda entry: -entry.first):
+        lines[entry.first - 1 : entry.last] = [
+            f"{' ' * entry.indent}from .{names[target]} import {', '.join(map(_said, aliases))}\n"
+            for target, aliases in entry.targets.items()
         ]
-        lines[entry.first - 1 : entry.last] = new
     return "".join(lines)
 
 

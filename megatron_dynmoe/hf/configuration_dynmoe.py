@@ -145,11 +145,11 @@ class DynMoEHFConfig(LlamaConfig):
         weighted = self.zero_experts > 0 and gate.probabilities
         wanted = f"False without zero experts, or with router_gate {self.router_gate!r}"
         self._check("drop_zero_weight", weighted or not self.drop_zero_weight, wanted)
-        numbers = (int, float)
+        numbers, layers = (int, float), self.moe_layers or []
         fits = all(
             name in fields
             and len(row) == self.num_hidden_layers
-            and all(isinstance(x, numbers) for x, is_moe in zip(row, self.moe_layers, strict=True) if is_moe)
+            and all(isinstance(x, numbers) for x, is_moe in zip(row, layers, strict=True) if is_moe)
             for name, row in (self.moved_settings or {}).items()
         )
         wanted = f"None, or by the name of a setting of the router {self.num_hidden_layers} numbers, one for each layer"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_dynmoe.checkpoint.reader import DistCheckpoint
+from megatron_dynmoe.routers import GATES, RULES
 
 from .errors import ExportError
 from .moved import router_config, training_state
@@ -137,17 +138,18 @@ def _attention(layer: int, hf: str, fields: dict[str, Any]) -> Row:
 def _router(layer: int, hf: str, fields: dict[str, Any], slots: list[int] | None) -> Iterator[Row]:
     """What gate and rule learned, as they say themselves; of what has a row for each slot those of active ones."""
     config, width = router_config(fields), fields["hidden_size"]
-    gate, rule = config.methods
+    gate, rule = GATES[config.gate], RULES[config.rule]
     columns = fields["num_experts"] + config.zero_computation_experts
     shapes = {"weight": gate.weight_shape(columns, width) if gate.weight_shape else (columns, width)}
-    for method in (gate, rule):
-        learned = method.parameters(config, columns, width) if method.parameters else {}
+    for parameters in (gate.parameters, rule.parameters):
+        learned: dict[str, Any] = parameters(config, columns, width) if parameters is not None else {}
         shapes |= {name: tuple(getattr(value, "shape", value)) for name, value in learned.items()}
     if config.gating_residual and any(fields["moe_layers"][:layer]):
         shapes["gate_map"] = (columns, columns)
     for name, shape in shapes.items():
-        by_slot = slots is not None and shape[0] == columns
-        part = Part(f"{hf}.{name}", (len(slots), *shape[1:]), slots) if by_slot else Part(f"{hf}.{name}", shape)
+        part = Part(f"{hf}.{name}", shape)
+        if slots is not None and shape[0] == columns:
+            part = Part(f"{hf}.{name}", (len(slots), *shape[1:]), slots)
         yield Row((f"mlp.router.{name}",), layer, shape, (part,))
 
 

@@ -9,6 +9,7 @@ and a token gets another set of experts than it was trained with.
 import torch
 from torch import Tensor, nn
 
+from megatron_dynmoe.routers.registry import GATES
 from megatron_dynmoe.routers.route import route
 
 from .configuration_dynmoe import DynMoEHFConfig
@@ -46,7 +47,7 @@ class DynMoERouter(nn.Module):
         self.experts = experts
         self.routing = config.router_config(layer_idx)
         self.columns = experts + config.zero_computation_experts
-        shape = self.routing.methods[0].weight_shape or (lambda *shape: shape)
+        shape = GATES[self.routing.gate].weight_shape or (lambda *shape: shape)
         self.weight = nn.Parameter(torch.empty(shape(self.columns, config.hidden_size)))
         self.learned = tuple(self.initial())
         for name, value in self.initial().items():
@@ -57,7 +58,7 @@ class DynMoERouter(nn.Module):
 
     def initial(self):
         """What gate and rule learn beside the weight, by name: its values at the start, or its shape."""
-        found = {}
+        found: dict = {}
         for method in self.routing.methods:
             if method.parameters is not None:
                 found |= method.parameters(self.routing, self.columns, self.config.hidden_size)
@@ -67,7 +68,7 @@ class DynMoERouter(nn.Module):
     def reset_parameters(self, std):
         """Draw what is not loaded: as gate and rule say, else from N(0, std)."""
         values = {name: value for name, value in self.initial().items() if isinstance(value, Tensor)}
-        init_weight = self.routing.methods[0].init_weight
+        init_weight = GATES[self.routing.gate].init_weight
         for name, parameter in self.named_parameters():
             if getattr(parameter, "_is_hf_initialized", False):
                 continue

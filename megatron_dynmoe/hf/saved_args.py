@@ -147,5 +147,5 @@ def _saved(args: Namespace, field: Field, *, came_later: bool) -> Any:
     value = getattr(args, dest, field.default) if came_later else getattr(args, dest)
     if value is None and field.default is not None:
         raise ExportError(f"the checkpoint's saved arguments say moe_rule = {args.moe_rule!r} but no {dest}.")
-    kind = field.type if field.type in (bool, int, float) else None
-    return value if kind is None or value is None else kind(value)  # type: ignore[operator]
+    kinds: dict[Any, Any] = {bool: bool, int: int, float: float}
+    return kinds[field.type](value) if field.type in kinds else value

@@ -185,9 +185,7 @@ def test_state_of_controllers_is_read_or_refused(tmp_path: Path, weights: dict, 
         ("from . import helper", "from . import helper"),
     ],
 )
-def test_what_cannot_come_along_is_refused_by_file_and_import(
-    tmp_path: Path, monkeypatch, line: str, said: str
-) -> None:
+def test_what_cannot_come_along_is_refused(tmp_path: Path, monkeypatch, line: str, said: str) -> None:
     package = tmp_path / "of_a_stranger"
     package.mkdir()
     (package / "__init__.py").touch()
