@@ -7,7 +7,7 @@ from .errors import ExportError
 
 # Arguments that change what the model computes, and the values this export can express. An argument that a checkpoint
 # does not have is from a version without the feature.
-_EXPRESSIBLE: dict[str, tuple[Any, ...]] = {
+EXPRESSIBLE: dict[str, tuple[Any, ...]] = {
     "normalization": ("RMSNorm",),
     "layernorm_zero_centered_gamma": (False,),
     "swiglu": (True,),
@@ -51,7 +51,7 @@ def config_fields(args: Namespace) -> dict[str, Any]:
     Raises:
         ExportError: an argument is missing, or has a value that the exported model could not express.
     """
-    for name, accepted in _EXPRESSIBLE.items():
+    for name, accepted in EXPRESSIBLE.items():
         value = getattr(args, name, accepted[0])
         if value not in accepted:
             wanted = " or ".join(repr(v) for v in accepted)
