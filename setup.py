@@ -1,10 +1,15 @@
 """Packaging of megatron_dynmoe; exact versions of everything that set-up installs are in constraints.txt."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
-README = Path(__file__).with_name("README.md")
+ROOT = Path(__file__).parent
+README = ROOT / "README.md"
+# Said once, in the package; not imported, for a build has none of what it requires.
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "megatron_dynmoe/__init__.py").read_text(encoding="utf-8"), re.M)
 
 # What a training run imports. megatron-core is pinned: the library subclasses it, and host/ knows its internals.
 REQUIRES = [
@@ -32,9 +37,39 @@ EXTRAS = {
 }
 EXTRAS["dev"] = ["pytest", "ruff", "pre-commit", "mypy", *EXTRAS["data"], *EXTRAS["plots"]]
 
+# A command a file of megatron_dynmoe/programs, but for the diagnosis and the demo.
+COMMANDS = {
+    "corpus": "programs.collect_corpus",
+    "tokenizer": "programs.train_tokenizer",
+    "preprocess": "programs.preprocess_data",
+    "pretrain": "programs.pretrain",
+    "export": "programs.export_hf",
+    "import": "programs.import_hf",
+    "generate": "programs.generate",
+    "plan": "programs.plan_cluster",
+    "report": "programs.report",
+    "doctor": "doctor",
+    "demo": "demo.__main__",
+}
+
+
+class WithExamples(build_py):
+    """Puts examples/ into the package of a wheel: `dynmoe-doctor --examples` names the folder."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:  # the checkout's are used
+            return
+        for pattern in ("*.sh", "*.py", "models/*.args"):
+            for path in sorted((ROOT / "examples").glob(pattern)):
+                target = Path(self.build_lib, "megatron_dynmoe", path.relative_to(ROOT))
+                self.mkpath(str(target.parent))
+                self.copy_file(str(path), str(target))
+
+
 setup(
     name="megatron_dynmoe",
-    version="0.1.0",
+    version=VERSION[1],
     description="Mixture-of-experts layers for Megatron in which each token chooses how many experts it uses",
     long_description=README.read_text(encoding="utf-8") if README.exists() else "",
     long_description_content_type="text/markdown",
@@ -44,11 +79,9 @@ setup(
     package_data={"megatron_dynmoe": ["py.typed"]},
     install_requires=REQUIRES,
     extras_require=EXTRAS,
+    cmdclass={"build_py": WithExamples},
     entry_points={
-        "console_scripts": [
-            "dynmoe-doctor=megatron_dynmoe.doctor:main",
-            "dynmoe-demo=megatron_dynmoe.demo.__main__:main",
-        ]
+        "console_scripts": [f"dynmoe-{name}=megatron_dynmoe.{module}:main" for name, module in COMMANDS.items()]
     },
     classifiers=[
         "Programming Language :: Python :: 3.12",

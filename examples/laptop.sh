@@ -30,6 +30,6 @@ data=(--mock-data --split 100,0,0 --tokenizer-type NullTokenizer --vocab-size 25
 
 export CUDA_VISIBLE_DEVICES= # the CPU also where there are GPUs: the same run everywhere
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-export PYTHONPATH="$here/..${PYTHONPATH:+:$PYTHONPATH}"
+[[ ! -d $here/../megatron_dynmoe ]] || export PYTHONPATH="$here/..${PYTHONPATH:+:$PYTHONPATH}" # a checkout
 exec "${TORCHRUN:-${made:-torchrun}}" --standalone --nproc-per-node "$ranks" "$here/pretrain_dynmoe.py" \
     "${model[@]}" "${training[@]}" "${layout[@]}" "${data[@]}" "$@"

@@ -78,7 +78,7 @@ done
 divide; give a multiple of their number."
 fewest=$(sed -n 's/^# GPUs of 80 GB at least: //p' "$model_file")
 ((world >= ${fewest:-1} || ${SMOKE:-0})) || tell "$(basename "$model_file" .args) is planned for $fewest GPUs of 80 GB or \
-more, and gets $world: it may run out of memory (tools/plan_cluster.py)."
+more, and gets $world: it may run out of memory (dynmoe-plan)."
 
 # All else is data parallel, the optimizer's state sharded.
 layout=(

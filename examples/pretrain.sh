@@ -46,7 +46,7 @@ done
 bin=$here/../.venv/bin # the checkout's own, if `make` has built it
 [[ -x $bin/torchrun ]] && made=$bin/torchrun && python=$bin/python
 python=${PYTHON:-${python:-python3}}
-export PYTHONPATH="$here/..${PYTHONPATH:+:$PYTHONPATH}"
+[[ ! -d $here/../megatron_dynmoe ]] || export PYTHONPATH="$here/..${PYTHONPATH:+:$PYTHONPATH}" # a checkout
 
 # The model and its routing: one flag a line, comments with #.
 mapfile -t model < <(sed 's/#.*//' "$model_file" | xargs -n 1)

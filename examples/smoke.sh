@@ -1,6 +1,6 @@
 # Sourced by pretrain.sh with SMOKE=1: toy sizes, so that the same flags run in minutes, on a laptop as well. Every flag
 # that this machine supports stays; a line on stderr names each that does not, and why. Adds to model; sets GPUS,
-# TRAIN_ITERS, TRANSFORMER_IMPL and, where they are not given, DATA and TOKENIZER (made of the checkout's documents) and SAVE.
+# TRAIN_ITERS, TRANSFORMER_IMPL and, where they are not given, DATA and TOKENIZER (smoke_data.py) and SAVE.
 
 smoke() { echo "smoke: $*" >&2; }
 

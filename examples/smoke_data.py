@@ -1,4 +1,4 @@
-"""A small indexed dataset and its tokenizer, made of the checkout's own documents with the project's tools.
+"""A small indexed dataset and its tokenizer, made of the checkout's own documents (or a package's sources).
 
 python examples/smoke_data.py FOLDER    # FOLDER/tokenizer.model, FOLDER/text.bin, FOLDER/text.idx
 """
@@ -20,7 +20,8 @@ def main(folder: Path) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     shard = folder / "text.jsonl"
-    documents = [path.read_text(encoding="utf-8") for path in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])]
+    paths = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")] or ROOT.rglob("*.py")  # a wheel has no documents
+    documents = [path.read_text(encoding="utf-8") for path in sorted(paths)]
     parts = [part for document in documents for part in document.split("\n\n") if part.strip()]
     shard.write_text("".join(f"{json.dumps({'text': part})}\n" for part in parts), encoding="utf-8")
     model = train_tokenizer([shard], folder / "tokenizer", vocab_size=VOCABULARY, overwrite=True)

@@ -3,13 +3,13 @@
     python -m megatron_dynmoe.doctor             # a table; exit code 0 if this machine can train, else 1 and the reason
     python -m megatron_dynmoe.doctor --json      # the same for programs
     python -m megatron_dynmoe.doctor --missing   # required packages that are not installed, one requirement a line
+    python -m megatron_dynmoe.doctor --examples  # the folder of the example scripts
 
 Versions come from package metadata and modules are looked up without being imported, torch excepted: importing megatron
 or Transformer Engine takes seconds and can fail, and a diagnosis must do neither. What is asked of torch is its own
 account of its devices and collectives.
 """
 
-import argparse
 import importlib
 import importlib.machinery
 import json
@@ -26,6 +26,8 @@ from typing import Any
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from megatron_dynmoe.programs.command import command_parser, examples
 
 PYTHON = (3, 12)
 MEGATRON_CORE = "0.19.2"
@@ -262,13 +264,19 @@ def table(diagnosis: Diagnosis) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Print the diagnosis; returns 0 when this machine can train, else 1. With --missing the list is the answer: 0."""
-    parser = argparse.ArgumentParser(
-        prog="megatron_dynmoe.doctor", description="What is installed here and what it serves."
+    parser = command_parser(
+        "What is installed here and what it serves; exit code 0 if this machine can train.",
+        example="dynmoe-doctor\nbash $(dynmoe-doctor --examples)/laptop.sh",
+        prog="megatron_dynmoe.doctor",
     )
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print JSON instead of a table")
     form.add_argument("--missing", action="store_true", help="print the required packages that are missing, for pip")
+    form.add_argument("--examples", action="store_true", help="print the folder of the example scripts and models")
     options = parser.parse_args(argv)
+    if options.examples:
+        print(examples())
+        return 0
     if options.missing:
         if _version("megatron_dynmoe") is None:
             print(

@@ -1,8 +1,8 @@
 """The direction of imports, read from the sources: what DESIGN says in prose, a test holds.
 
-``examples, tools -> training, hf, data -> mcore -> routers, dispatch, experts, losses, metrics, controllers ->
-routing, config``. A room may import rooms below it; rooms of one level do not import each other, and routing may import
-config.
+``examples, tools -> programs -> training, hf, data -> mcore -> routers, dispatch, experts, losses, metrics, controllers
+-> routing, config``. A room may import rooms below it; rooms of one level do not import each other, and routing may
+import config.
 """
 
 import ast
@@ -21,14 +21,16 @@ LEVELS = [
     {"routers", "dispatch", "experts", "losses", "metrics", "controllers", "planning", "checkpoint"},
     {"mcore"},
     {"training", "hf", "data", "report"},
+    {"programs"},
 ]
 LEVEL = {room: number for number, rooms in enumerate(LEVELS) for room in rooms}
 # Outside the order: the redirection for machines without CUDA, the diagnosis, the driver of the demo, the nodes'
 # supervisors, the test oracle.
 ASIDE = {"host", "doctor", "demo", "launch", "reference", "__init__"}
 # Who may import ASIDE rooms, and whom those may import.
-ASIDE_IMPORTED_BY = {"host": {"training", "mcore", "hf", "data"}, "launch": {"training"}}
-ASIDE_IMPORTS = {"reference": {"config", "routing"}}
+ASIDE_IMPORTED_BY = {"host": {"training", "mcore", "hf", "data", "programs"}, "launch": {"training", "programs"}}
+# doctor and demo are commands too, and take what commands share.
+ASIDE_IMPORTS = {"reference": {"config", "routing"}, "doctor": {"programs"}, "demo": {"programs"}}
 
 MEGATRON_ROOMS = {"mcore": ("megatron.core",), "training": ("megatron",), "host": ("megatron",)}
 MEGATRON_ROOMS["data"] = ("megatron.core.datasets", "megatron.core.tokenizers")
@@ -125,6 +127,8 @@ def test_programs_do_not_import_the_oracle(folder: str) -> None:
         ("hf.export", "from megatron_dynmoe.data.tokenizers import to_hf_tokenizer", "does not lie below"),
         ("mcore.router", "from megatron_dynmoe import reference", "does not lie below"),
         ("doctor", "from megatron_dynmoe.mcore import layer", "does not lie below"),
+        ("training.pretrain", "from megatron_dynmoe.programs import export_hf", "does not lie below"),
+        ("programs.pretrain", "from megatron.core import parallel_state", "may not"),
         ("training.pretrain", "from tools import preprocess_data", "no program"),
     ],
 )

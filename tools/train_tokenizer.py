@@ -1,45 +1,8 @@
-"""Train a LLaMA-style SentencePiece BPE tokenizer on a sample of a corpus."""
+"""Train a tokenizer on a sample of a corpus. The same as `dynmoe-tokenizer`."""
 
-import argparse
 import sys
-from pathlib import Path
 
-from megatron_dynmoe.data.shards import expand_inputs
-from megatron_dynmoe.data.tokenizers import train_tokenizer
-from megatron_dynmoe.errors import UserError, user_sentence
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument(
-        "--corpus", nargs="+", required=True, help="jsonl shards, globs, or folders (without their held-out shards)"
-    )
-    parser.add_argument("--output", type=Path, required=True, help="prefix: OUTPUT.model is written")
-    parser.add_argument("--vocab-size", type=int, default=8192, help="tokens, with <unk>, <s>, </s> and the 256 bytes")
-    parser.add_argument("--sample-megabytes", type=float, default=8.0, help="text to train on, in million bytes")
-    parser.add_argument("--overwrite", action="store_true", help="replace a model that is already there")
-    args = parser.parse_args(argv)
-    try:
-        shards = expand_inputs(args.corpus)
-        print(f"training {args.vocab_size} tokens on {args.sample_megabytes:g} MB of {len(shards)} shards", flush=True)
-        model = train_tokenizer(
-            shards,
-            args.output,
-            vocab_size=args.vocab_size,
-            sample_megabytes=args.sample_megabytes,
-            overwrite=args.overwrite,
-        )
-    except (UserError, OSError) as error:
-        if (sentence := user_sentence(error)) is None:
-            raise
-        print(f"error: {sentence}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        return 130
-    print(f"wrote {model}")
-    return 0
-
+from megatron_dynmoe.programs.train_tokenizer import main
 
 if __name__ == "__main__":
     sys.exit(main())

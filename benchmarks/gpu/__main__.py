@@ -14,9 +14,9 @@ def main(argv: list[str]) -> int:
         importlib.import_module(preload)
     if argv[:1] == ["pretrain"]:
         sys.argv[1:] = argv[1:]
-        from examples import pretrain_dynmoe
+        from megatron_dynmoe.programs import pretrain
 
-        return pretrain_dynmoe.main()
+        return pretrain.main()
     from benchmarks.gpu.step import STEPS, Context, run_step
 
     parser = argparse.ArgumentParser()

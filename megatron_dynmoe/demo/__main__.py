@@ -3,7 +3,6 @@
 Each step is a command of its own, printed before it runs, so that any of them can be repeated or changed by hand.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -16,8 +15,6 @@ from typing import Any
 
 from megatron_dynmoe.demo.runner import Runner
 from megatron_dynmoe.demo.steps import (
-    PROGRAMS,
-    ROOT,
     ROUTING,
     DemoError,
     Machine,
@@ -28,13 +25,15 @@ from megatron_dynmoe.demo.steps import (
     training_steps,
 )
 from megatron_dynmoe.demo.summary import sample_of, summarize, table
+from megatron_dynmoe.programs.command import command_parser
 
 MARK = ".megatron_dynmoe_demo"  # a folder that holds this file is the demo's own, to be emptied
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the demo; returns 0, 1 after one sentence that says what failed, or 130 after an interruption."""
-    parser = argparse.ArgumentParser(prog="megatron_dynmoe.demo", description=__doc__)
+    example = "dynmoe-demo --output demo --preset moe-plus-plus"
+    parser = command_parser(__doc__, example=example, prog="megatron_dynmoe.demo")
     parser.add_argument("--output", type=Path, default=Path("demo"), help="folder for everything (default: demo)")
     parser.add_argument("--continue", dest="go_on", action="store_true", help="do not repeat what was finished before")
     parser.add_argument("--ranks", type=int, help="processes to train with (default: 2, or a GPU each up to 2)")
@@ -59,8 +58,6 @@ def demo(folder: Path, *, go_on: bool = False, ranks: int | None = None, preset:
     Raises:
         DemoError: a step failed, or ``folder`` is not the demo's to use.
     """
-    if not all((ROOT / name).is_dir() for name in PROGRAMS):
-        raise DemoError(f"{ROOT} has no {' and '.join(PROGRAMS)}; run the demo from a checkout (pip install -e .).")
     start, machine = time.monotonic(), look_at_machine(ranks, preset)
     prepare(folder, go_on=go_on)
     runner = Runner(folder, environment(machine))

@@ -17,8 +17,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-PROGRAMS = ("tools", "examples")
 SUBSETS = ("code", "docs")
 PROMPTS = ("def read_lines(path):\n", "The following options")  # one for each subset
 
@@ -156,7 +154,7 @@ def training_steps(folder: Path, machine: Machine, preset: str = "dynamic-moe") 
     Reads the token counts of the files that ``data_steps`` wrote.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={machine.ranks}"]
-    command += [shown(ROOT / "examples" / "pretrain_dynmoe.py"), *flags(MODEL | ROUTING[preset]), *flags(TRAINING)]
+    command += ["-m", "megatron_dynmoe.programs.pretrain", *flags(MODEL | ROUTING[preset]), *flags(TRAINING)]
     command += ["--expert-model-parallel-size", str(machine.ranks)]
     command += ["--train-data-path", *blend(folder, "train"), "--valid-data-path", *blend(folder, "heldout")]
     command += ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", shown(folder / "tokenizer.model")]
@@ -233,8 +231,8 @@ def blend(folder: Path, split: str) -> list[str]:
 
 
 def tool(name: str, **options: Any) -> list[str]:
-    """The command of ``tools/name.py`` with ``options`` as flags."""
-    return [sys.executable, shown(ROOT / "tools" / f"{name}.py"), *flags(options)]
+    """The command of a program of the package with ``options`` as flags."""
+    return [sys.executable, "-m", f"megatron_dynmoe.programs.{name}", *flags(options)]
 
 
 def flags(options: dict[str, Any]) -> list[str]:

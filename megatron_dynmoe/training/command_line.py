@@ -59,7 +59,7 @@ class FlagParser(ArgumentParser):
         message = " ".join(message.split())
         if len(message) > 600:
             message = f"{message[:600]}..."
-        raise ConfigError(f"{message}; --help shows all flags.")
+        raise ConfigError(f"{message}; --help-all shows all flags.")
 
 
 @cache

@@ -6,7 +6,7 @@ import pytest
 
 from megatron_dynmoe.planning import Histogram, PlanError
 from megatron_dynmoe.planning.flags import model_of, moe_layers, read_flags
-from tools import plan_cluster
+from megatron_dynmoe.programs import plan_cluster
 
 # ---- the tool -------------------------------------------------------------------------------------------------------
 

@@ -13,10 +13,10 @@ from megatron_dynmoe.planning import Histogram, Layout, Model
 from megatron_dynmoe.planning.expect import COLUMNS, Expectation, row_of
 from megatron_dynmoe.planning.fresh import fresh_k, fullest_k
 from megatron_dynmoe.planning.timing import layer_traffic
+from megatron_dynmoe.programs import plan_cluster
 from megatron_dynmoe.units import saving_wanted
 from tests import ranks
 from tests.example_scripts import run, settings, stand_ins  # noqa: F401  (the fixture "stub")
-from tools import plan_cluster
 
 FILES = sorted((Path(__file__).resolve().parents[2] / "examples" / "models").glob("*.args"))
 WORLDS = (8, 32, 256)

@@ -6,10 +6,10 @@ import sys
 
 import pytest
 
+from megatron_dynmoe.programs import plot_experts
 from megatron_dynmoe.report.experts_plot import FORMATS, active_steps, experts_figure
 from megatron_dynmoe.report.experts_table import experts_table
 from megatron_dynmoe.report.metrics_file import ReportError, read_run
-from tools import plot_experts
 
 HEAD = """\
 | iteration | layer | removed | added | active after | tokens of the window that visited nobody |

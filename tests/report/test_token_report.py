@@ -15,12 +15,12 @@ import torch
 from megatron_dynmoe.hf.configuration_dynmoe import DynMoEHFConfig
 from megatron_dynmoe.hf.export import export
 from megatron_dynmoe.hf.modeling_dynmoe import DynMoEForCausalLM
+from megatron_dynmoe.programs import token_report
 from megatron_dynmoe.report.token_costs import LayerCosts
 from tests.hf.test_hf_export import train_tokenizer
 from tests.hf.test_hf_model import small_model
 from tests.hf_checkpoints import ARGS, megatron_weights, write_checkpoint
 from tests.token_page_parser import Page
-from tools import token_report
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -139,7 +139,6 @@ def test_free_maps_are_asked_for_where_there_are_any(small) -> None:
 
 def test_tool_on_a_checkpoint(tokenizer_model, tmp_path, run, monkeypatch) -> None:
     """The page is that of the exported model, but for the name; the export does not stay."""
-    monkeypatch.syspath_prepend(ROOT / "tools")  # where Python finds export_hf when the tool runs as a program
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
     save = write_checkpoint(tmp_path / "save", Namespace(**ARGS), megatron_weights(Namespace(**ARGS), rows=384))
@@ -147,7 +146,7 @@ def test_tool_on_a_checkpoint(tokenizer_model, tmp_path, run, monkeypatch) -> No
     code, err = run(*argv, "--output", tmp_path / "page.html")
     assert code == 0, err
     assert not [path for path in (tmp_path / "temporary").iterdir() if path.name.startswith("token_report.")]
-    from export_hf import write_tokenizer
+    from megatron_dynmoe.programs.export_hf import write_tokenizer
 
     out = tmp_path / "exported"
     export(save, out, tokenizer_model=tokenizer_model, write_tokenizer=write_tokenizer, progress=False)
@@ -200,8 +199,7 @@ def test_refusals(small, tokenizer_model, tmp_path, run) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bytes.txt", "empty.txt", "folder.html", "text.html"]
 
 
-def test_refusals_of_models(small, tokenizer_model, tmp_path, run, monkeypatch) -> None:
-    monkeypatch.syspath_prepend(ROOT / "tools")
+def test_refusals_of_models(small, tokenizer_model, tmp_path, run) -> None:
     folder, _ = small
     config = json.loads((folder / "config.json").read_text())
     other = tmp_path / "other"

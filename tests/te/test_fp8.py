@@ -6,10 +6,10 @@ import shutil
 import pytest
 
 from megatron_dynmoe.presets import PRESETS
+from megatron_dynmoe.programs import export_hf
 from tests import ranks
 from tests.te import fp8_layers
 from tests.te.runs import MODELS, RANKS, SCALARS, command, make_data, train
-from tools import export_hf
 
 SAVED, END = 2, 4
 PADDED = "--moe-router-padding-for-quantization"
