@@ -105,7 +105,9 @@ def _weight_map(path: Path) -> dict[str, Path]:
         raise HFImportError(f"{path / INDEX} has no weight_map; accepted: tensor names and their files.")
     for name, file in entries.items():
         if not isinstance(file, str) or not re.fullmatch(r"[^/\\]+\.safetensors", file):
-            raise HFImportError(f"{path / INDEX} places {name} in {file!r}; accepted: a safetensors file of its folder.")
+            raise HFImportError(
+                f"{path / INDEX} places {name} in {file!r}; accepted: a safetensors file of its folder."
+            )
     return {name: path / file for name, file in entries.items()}
 
 
