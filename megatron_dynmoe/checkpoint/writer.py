@@ -62,7 +62,7 @@ def write_iteration(
         progress: called with each chunk when it is read.
 
     Raises:
-        ValueError: the chunks do not tile their tensors.
+        ValueError: chunks overlap, or leave their tensor.
         OSError: the folder cannot be written.
     """
     planner = _Planner(chunks, {**objects, COMMON_KEY: common}, progress)
@@ -71,14 +71,9 @@ def write_iteration(
     planner.set_up_planner({}, is_coordinator=True)
     writer.set_up_storage_writer(is_coordinator=True)
     plans, metadata = planner.create_global_plan(list(planner.parts(max_file_bytes)))
-    results = []
-    try:
-        for plan in writer.prepare_global_plan(plans):
-            results.append(writer.write_data(planner.finish_plan(plan), planner).wait())
-        writer.finish(metadata, results)
-    except RuntimeError as error:
-        # torch's archive writer gives its own error for one of the file system.
-        raise OSError(f"PyTorch cannot write a file there ({' '.join(str(error).split())[:120]})") from error
+    plans = writer.prepare_global_plan(plans)
+    results = [writer.write_data(planner.finish_plan(plan), planner).wait() for plan in plans]
+    writer.finish(metadata, results)
     # Last, as megatron does: with it the iteration is finished.
     (folder / CONFIG).write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}))
 
