@@ -5,7 +5,6 @@ from dataclasses import fields as fields_of
 from pathlib import Path
 from typing import Any
 
-from megatron_dynmoe.checkpoint.compare import ROUTING
 from megatron_dynmoe.config import ConfigError, DynMoEConfig, dest_of, flag_of
 
 from .errors import ExportError, HFImportError
@@ -74,7 +73,7 @@ def training_args(fields: dict[str, Any], file: Path, *, divisible_by: int, max_
         found = _model(fields) | (_mixture(fields) | _routing(fields) if mixture else {"num_experts": None})
         args = Namespace(**{name: accepted[0] for name, accepted in EXPRESSIBLE.items()} | found)
         if mixture:
-            names = [field.name for field in fields_of(DynMoEConfig) if dest_of(field.name) in ROUTING]
+            names = [field.name for field in fields_of(DynMoEConfig) if hasattr(args, dest_of(field.name))]
             DynMoEConfig(**{name: getattr(args, dest_of(name)) for name in names})
         else:
             for name in ("moe_gate", "moe_rule"):
@@ -101,7 +100,7 @@ def model_flags(args: Namespace) -> list[str]:
         return words
     for field in fields_of(DynMoEConfig):
         name = dest_of(field.name)
-        if name in (*ROUTING, "moe_max_added_experts") and getattr(args, name) != field.default:
+        if getattr(args, name, field.default) != field.default:
             words += _words(flag_of(field.name), getattr(args, name))
     return words
 
