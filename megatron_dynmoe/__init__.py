@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 _HOME = {
     "ConfigError": "config",
     "DynMoEConfig": "config",
-    "Routing": "routing",
+    "Routing": "routers.routing",
     "RoutePlan": "routing",
     "route": "routers",
     "register_gate": "routers",

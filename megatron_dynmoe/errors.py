@@ -5,7 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import sys
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
+from typing import Any
+
+Main = Callable[..., int]  # of a program: the words after its name, its own where they are left out, to its exit code
 
 # What the machine or the user's paths say, by the operating system's own words.
 _OF_THE_USER = {
@@ -19,6 +24,39 @@ _WITHOUT_PATH = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE}
 
 class UserError(ValueError):
     """Something that the user gave and can change: ``str(error)`` is the sentence that says what and how."""
+
+
+class ConfigError(UserError):
+    """A value that cannot work; the message names the field, the value and what would be accepted."""
+
+
+def one_sentence(program: str, *, code: int = 1) -> Callable[[Main], Main]:
+    """A program's ``main`` that ends with one sentence on stderr where the user can mend it, and exit code ``code``.
+
+    Ctrl-C is 130; what it left behind, a program says as the text of the KeyboardInterrupt.  Faults keep their
+    traceback.
+
+    Args:
+        program: stands before the sentence.
+    """
+
+    def decorate(main: Main) -> Main:
+        @wraps(main)
+        def told(*argv: Any, **how: Any) -> int:
+            try:
+                return main(*argv, **how)
+            except (UserError, OSError) as error:
+                if (sentence := user_sentence(error)) is None:
+                    raise
+                print(f"{program}: {sentence}", file=sys.stderr)
+                return code
+            except KeyboardInterrupt as stop:
+                print(f"{program}: interrupted; {stop}" if str(stop) else f"{program}: interrupted", file=sys.stderr)
+                return 130
+
+        return told
+
+    return decorate
 
 
 def user_sentence(error: BaseException) -> str | None:

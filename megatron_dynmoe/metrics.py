@@ -1,4 +1,4 @@
-"""What a researcher watches: experts per token, balance, rows, parameters and floating-point work that were real.
+"""What a researcher watches: experts per token, balance, and rows that were real.
 
 Counts are integers, kept on the device and summed over ranks once an interval; nothing here waits for the device
 before that.
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from megatron_dynmoe.routing import Routing
+    from megatron_dynmoe.routers.routing import Routing
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class RoutingStats:
 
     def add(self, layer: int, routing: Routing, valid_T: Tensor | None = None) -> None:
         """Count one routing at layer ``layer``; of its tokens those that ``valid_T`` (bool) names, or all."""
-        map_TE, free_TZ = routing.map_TE, routing.free_map_TZ
+        map_TE, free_TZ = routing.map_TE, routing.map_TZ
         if valid_T is not None:
             map_TE, free_TZ = map_TE & valid_T.unsqueeze(-1), free_TZ & valid_T.unsqueeze(-1)
         if self.counts.device != map_TE.device:
@@ -165,65 +165,3 @@ def summarize(counts: Tensor, num_experts: int, kinds: list[str]) -> RoutingSumm
         if kinds
         else {},
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelShape:
-    """Enough of a LLaMA-style MoE model to count its parameters.
-
-    Attributes:
-        layers: transformer layers; ``moe_layers`` of them have experts, the others a dense feed-forward part.
-        width: D. heads, head_width, query_groups: attention.
-        dense_width: width of the dense feed-forward part. expert_width: F. experts: E.
-        shared_width: width of the shared expert, 0 for none. vocabulary: padded size.
-        router_extra: parameters that a layer's router, mixer and zero-computation experts have beside the router's
-            weight [E, D].
-        mtp_layers: those of ``layers`` that are for multi-token prediction; each has three more norms and a projection
-            of hidden state and embedding, side by side.
-        gated: SwiGLU (three matrices) or two. tied: output layer shares the embedding.
-        query_key_norms: a norm over a head's width for queries and one for keys, shared by heads (--qk-layernorm).
-    """
-
-    layers: int
-    moe_layers: int
-    width: int
-    heads: int
-    head_width: int
-    query_groups: int
-    dense_width: int
-    expert_width: int
-    experts: int
-    vocabulary: int
-    shared_width: int = 0
-    router_extra: int = 0
-    mtp_layers: int = 0
-    gated: bool = True
-    tied: bool = False
-    query_key_norms: bool = False
-
-    @property
-    def per_expert(self) -> int:
-        """Parameters of one expert."""
-        return (3 if self.gated else 2) * self.width * self.expert_width
-
-    @property
-    def without_experts(self) -> int:
-        """Parameters that every token uses: embeddings, attention, norms, routers, dense and shared parts."""
-        matrices = 3 if self.gated else 2
-        attention = 2 * self.width * self.head_width * (self.heads + self.query_groups)
-        dense = (self.layers - self.moe_layers) * matrices * self.width * self.dense_width
-        moe = self.experts * self.width + self.router_extra + matrices * self.width * self.shared_width
-        norms = (2 * self.layers + 1 + 3 * self.mtp_layers) * self.width
-        norms += 2 * self.layers * self.head_width * self.query_key_norms
-        embeddings = (1 if self.tied else 2) * self.vocabulary * self.width
-        projections = self.mtp_layers * 2 * self.width**2
-        return embeddings + self.layers * attention + dense + self.moe_layers * moe + norms + projections
-
-    @property
-    def total(self) -> int:
-        """All parameters."""
-        return self.without_experts + self.moe_layers * self.experts * self.per_expert
-
-    def activated(self, experts_per_token: float) -> float:
-        """Parameters that a token uses on average when it visits ``experts_per_token`` experts a layer."""
-        return self.without_experts + self.moe_layers * experts_per_token * self.per_expert

@@ -1,4 +1,4 @@
-"""The numbers that each field of :class:`megatron_dynmoe.config.DynMoEConfig` accepts.
+"""Ranges of numbers that settings accept.
 
 Every range has two ends: a value that is finite in Python may overflow float32, or fill the memory with columns.
 """
@@ -37,36 +37,7 @@ class Range(NamedTuple):
         return numbers + (", or unset" if self.optional else "")
 
 
-_COEFFICIENT = Range(0, LARGE)
-_SCALE = Range(SMALL, LARGE)
-_EXPERTS = Range(0, MOST_EXPERTS, whole=True)
-
-RANGES: dict[str, Range] = {
-    "top_p": Range(0, 1),
-    "topk": Range(1, MOST, whole=True),
-    "cosine_scale": Range(SMALL, 100),
-    "max_experts_per_token": Range(1, MOST, whole=True, optional=True),
-    "max_rows": Range(1, MOST, whole=True, optional=True),
-    "max_rows_per_token": Range(1, MOST_EXPERTS, optional=True),
-    "load_balance_coeff": _COEFFICIENT,
-    "entropy_coeff": _COEFFICIENT,
-    "diversity_coeff": _COEFFICIENT,
-    "simplicity_coeff": _COEFFICIENT,
-    "efficiency_coeff": _COEFFICIENT,
-    "z_loss_coeff": _COEFFICIENT._replace(optional=True),
-    "input_jitter_eps": Range(0, 1, open="most", optional=True),
-    "zero_experts": _EXPERTS,
-    "copy_experts": _EXPERTS,
-    "constant_experts": _EXPERTS,
-    "tau": Range(SMALL, 1),
-    "capacity_gamma": _SCALE._replace(optional=True),
-    "logits_norm_std": _SCALE._replace(optional=True),
-    "expert_input_scale": _SCALE,
-    "initial_experts": Range(1, MOST, whole=True, optional=True),
-    "record_from": Range(0, MOST, whole=True),
-    "update_at": Range(1, MOST, whole=True),
-    "update_period": Range(0, MOST, whole=True),
-    "max_added_experts": Range(1, MOST, whole=True),
-    "fp8_margin": Range(-64, 64, whole=True),
-    "fp8_amax_history_len": Range(1, 1 << 20, whole=True),
-}
+COEFFICIENT = Range(0, LARGE)
+SCALE = Range(SMALL, LARGE)
+EXPERTS = Range(0, MOST_EXPERTS, whole=True)
+COUNT = Range(1, MOST, whole=True)

@@ -70,6 +70,34 @@ def top_any_balance(x_TD: Tensor, weight_ED: Tensor, thresholds_E: Tensor, scale
     return experts**2 * total / experts
 
 
+def sigmoid_scores(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    """1 / (1 + exp(-w_e x)), one pair at a time."""
+    return torch.stack([torch.stack([1 / (1 + torch.exp(-torch.dot(x, w))) for w in weight_ED]) for x in x_TD])
+
+
+def threshold_weights(
+    scores_TE: Tensor, logits_E: Tensor | None, t: float, *, keep_best: bool, normalize: bool
+) -> list[dict[int, Tensor]]:
+    """For each token its experts and their weights: those above t, or above 1 / (1 + exp(-G_e)) if G is learned.
+
+    A weight is score times step, and the step's derivative is taken to be 1 where the step is.
+    """
+    tokens = []
+    for row in scores_TE:
+        chosen = {}
+        for e, score in enumerate(row):
+            bound = t if logits_E is None else 1 / (1 + torch.exp(-logits_E[e]))
+            if score > bound:
+                margin = score - bound
+                chosen[e] = score if logits_E is None else score * (1 + margin - margin.detach())
+        if not chosen and keep_best:
+            best = max(range(len(row)), key=lambda e: row[e])
+            chosen[best] = row[best]
+        total = sum(chosen.values()) if normalize else 1
+        tokens.append({e: weight / total for e, weight in chosen.items()})
+    return tokens
+
+
 def tanh_logits(x_TD: Tensor, hidden_HD: Tensor, weight_CH: Tensor) -> Tensor:
     """W_2 tanh(W_1 x), one token at a time."""
     return torch.stack([weight_CH @ torch.tanh(hidden_HD @ x_D) for x_D in x_TD])

@@ -1,20 +1,13 @@
-"""A routing decision, and the plan that moves exactly the rows it names.
+"""The plan that moves exactly the rows that a routing map names.
 
-Shape legend, used as name suffixes everywhere:
-    T tokens on this rank      D model width          F expert width        E FFN experts (all ranks)
-    L experts on this rank     R ranks of the expert-parallel group         P ranks of the expert-tensor-parallel group
-    N routed rows: one row is one (token, expert) pair
-    Z zero-computation experts, on every rank    C = E + Z columns of the router: FFN, then zero-computation experts
-
-Two small records.  :class:`Routing` says which experts each token visits, and with what weight.  :class:`RoutePlan`
-says what that means for memory and the network: how many rows go to whom, how many come back.  The plan holds plain
-Python integers, because the sizes of buffers and messages are needed on the host; building it is the one place where
-a layer waits for the device.
+It says what the map means for memory and the network: how many rows go to whom, how many come back.  It holds plain
+Python integers, because the sizes of buffers and messages are needed on the host; building it is the one place where a
+layer waits for the device.  Shapes: :mod:`megatron_dynmoe.routers.routing`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from typing import Any
@@ -23,46 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Routing:
-    """Which experts each token visits.
-
-    Attributes:
-        weights_TE: float32; the weight of each chosen FFN expert's output, 0 where not chosen.
-        map_TE: bool; True where the token visits the FFN expert. Rows may have any number of True entries.
-        scores_TC: float32; the gate's scores over all experts, which the losses read.
-        logits_TC: float32; the gate's output before its nonlinearity, gating residual included.
-        cut: int64 scalar on the device; assignments to FFN experts that the rule chose and a bound took away.
-        free_weights_TZ, free_map_TZ: the same as the first two for zero-computation experts.
-        dropped: int64 scalar on the device; assignments, of all experts, that did not fit into a capacity.
-    """
-
-    weights_TE: Tensor
-    map_TE: Tensor
-    scores_TC: Tensor
-    logits_TC: Tensor
-    cut: Tensor
-    free_weights_TZ: Tensor
-    free_map_TZ: Tensor
-    dropped: Tensor
-
-    @property
-    def map_TC(self) -> Tensor:
-        """bool, all experts that a token chose."""
-        return torch.cat([self.map_TE, self.free_map_TZ], dim=-1)
-
-    def only(self, valid_T: Tensor) -> Routing:
-        """The same, but tokens that ``valid_T`` (bool) does not name choose nobody and add 0 to every loss.
-
-        They stay where they are: to take them out the host would have to wait for their number.
-        """
-        out_T1 = ~valid_T.unsqueeze(-1)
-        nothing_C = torch.full_like(self.logits_TC[:1], -torch.inf)  # whose logsumexp is 0 with a 0 among them
-        nothing_C[:, 0] = 0
-        zeroed = ("weights_TE", "map_TE", "scores_TC", "free_weights_TZ", "free_map_TZ")
-        fields = {name: getattr(self, name).masked_fill(out_T1, 0) for name in zeroed}
-        return replace(self, logits_TC=torch.where(out_T1, nothing_C, self.logits_TC), **fields)
+from megatron_dynmoe.checks import check_division
 
 
 @dataclass(frozen=True)
@@ -195,7 +149,8 @@ class PendingPlan:
         tensor_rank, tensor_ranks: its place in the expert-tensor-parallel group, and P.
 
     Raises:
-        ValueError: the map is not a boolean matrix, or E does not divide by R.
+        ValueError: the map is not a boolean matrix.
+        ConfigError: E does not divide by R.
     """
 
     def __init__(
@@ -210,10 +165,7 @@ class PendingPlan:
     ) -> None:
         if map_TE.dtype != torch.bool or map_TE.dim() != 2:
             raise ValueError(f"routing map is {map_TE.dtype} of {map_TE.dim()} dimensions; accepted: bool [T, E].")
-        if map_TE.shape[1] % expert_ranks:
-            raise ValueError(
-                f"{map_TE.shape[1]} experts do not divide by the {expert_ranks} ranks of the expert-parallel group."
-            )
+        check_division(map_TE.shape[1], expert_ranks)
         self.map_TE = map_TE.contiguous()
         self.expert_rank, self.tensor_rank = expert_rank, tensor_rank
         self.shape = expert_ranks, tensor_ranks

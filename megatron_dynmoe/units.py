@@ -1,4 +1,4 @@
-"""What a row on the wire should be: the rule of ``--moe-dispatch-unit auto``, for the dispatch and the plan alike.
+"""What a row on the wire is and has: its bytes, and the rule of ``--moe-dispatch-unit auto``, for dispatch and plan.
 
 A (token, rank) row spares bytes on the wire and costs memory traffic: its receiver copies it to each of its experts and
 sums their outputs in float32.  For an element of a (token, expert) row, forward, in a 2-byte dtype:
@@ -16,10 +16,27 @@ because the copies and sums are more launches as well.
 
 from __future__ import annotations
 
+WEIGHT = 4  # bytes of one expert's weight: float32, whatever the model's dtype
 MEASURED_SAVING = 0.2
 MEMORY_BANDWIDTH = 3e12  # bytes/s of one GPU
 LINK_BANDWIDTH = {"node": 300e9, "network": 50e9}  # bytes/s that a GPU sends
 EXTRA_BYTES, FUSED_BYTES = 16, 8
+
+
+def wire_bytes(*, width: int, itemsize: int, beside: int, ways: int = 2) -> int:
+    """Bytes of one row on the wire.
+
+    Args:
+        width, itemsize: D, and bytes of one element of the hidden states.
+        beside: bytes that go out with the row: :func:`weight_bytes`, or what another library sends.
+        ways: 2, the dispatch and its combine; 1, the dispatch alone.
+    """
+    return ways * width * itemsize + beside
+
+
+def weight_bytes(unit: str, local_experts: int) -> int:
+    """Bytes of the weights that go out with one row: one (unit "expert"), or one a local expert ("rank")."""
+    return WEIGHT * (1 if unit == "expert" else local_experts)
 
 
 def saving_wanted(link: str, *, fused: bool) -> float:
@@ -35,6 +52,6 @@ def saving_wanted(link: str, *, fused: bool) -> float:
     return max(MEASURED_SAVING, extra * LINK_BANDWIDTH[link] / (4 * MEMORY_BANDWIDTH))
 
 
-def cheaper_unit(rank_bytes: float, expert_bytes: float, saving: float) -> str:
-    """ "rank" if its bytes are less than those of "expert" by at least the share ``saving``."""
-    return "rank" if rank_bytes <= (1 - saving) * expert_bytes else "expert"
+def cheaper_unit(rank_bytes: float, expert_bytes: float, saving: float, *, ranks: int) -> str:
+    """ "rank" if its bytes are less than those of "expert" by at least the share ``saving``; not on one rank."""
+    return "rank" if ranks > 1 and rank_bytes <= (1 - saving) * expert_bytes else "expert"

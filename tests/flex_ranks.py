@@ -140,7 +140,7 @@ def check_reference() -> None:
             expected = reference.dense_moe(seen, routing.weights_TE, *stacked)
             if layer.free_experts is not None:
                 of_experts = layer.free_experts.select, layer.free_experts.values
-                expected = expected + reference.free_experts(seen, routing.free_weights_TZ, *of_experts, 1)
+                expected = expected + reference.free_experts(seen, routing.weights_TZ, *of_experts, 1)
             # float32 sums of at most 24 products through two matrices, in another order
             torch.testing.assert_close(layer(x)[0].view(-1, D), expected, rtol=1e-5, atol=1e-5)
 
@@ -169,7 +169,7 @@ def maps() -> dict[str, torch.Tensor]:
 
 def routed(map_TE, W):
     """A router's decision with that map; weights depend on the input, and one of them is exactly 0, as by underflow."""
-    from megatron_dynmoe.routing import Routing
+    from megatron_dynmoe.routers.routing import Routing
 
     def routing(x_TD):
         scores = (x_TD @ W).sigmoid()
@@ -177,8 +177,7 @@ def routed(map_TE, W):
         zero = (torch.arange(weights.numel()) == 3).view_as(weights)
         weights = weights - torch.where(zero, weights, 0.0).detach()
         none = torch.zeros((), dtype=torch.int64)
-        empty = scores[:, :0]
-        return Routing(weights, map_TE, scores, scores, none, empty, empty.bool(), none)
+        return Routing(weights, map_TE, scores, scores, map_TE.shape[1], none, none)
 
     return routing
 

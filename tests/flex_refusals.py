@@ -47,7 +47,7 @@ REFUSED = [
 def check_refusals() -> None:
     """One sentence each; what is accepted is refused here for the library alone, which is named."""
     from megatron_dynmoe.config import ConfigError, DynMoEConfig
-    from megatron_dynmoe.mcore.config import check_config
+    from megatron_dynmoe.mcore.checks import check_config
 
     for theirs, ours, said in REFUSED:
         with pytest.raises(ConfigError) as refusal:
@@ -73,7 +73,7 @@ def check_refusals() -> None:
 def check_wrong_library() -> None:
     """A deep_ep that does not import, or is of another kind, is told apart from none; so are numbers of ranks."""
     from megatron_dynmoe.config import ConfigError, DynMoEConfig
-    from megatron_dynmoe.mcore.config import check_config
+    from megatron_dynmoe.mcore.checks import check_config
 
     config = _config(**DEEPEP | HALF)
     sys.modules["deep_ep"] = ModuleType("deep_ep")

@@ -58,6 +58,17 @@ CASES = {
         "--tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 2",
         DynMoEConfig.from_preset("moe-plus-plus-released"),
     ),
+    "threshold-tp2": (
+        "--tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 2 --moe-layer-freq 2",
+        DynMoEConfig(
+            gate="sigmoid",
+            rule="threshold",
+            threshold=0.55,
+            learned_thresholds=True,
+            threshold_keep_best=False,
+            normalize_weights=True,
+        ),  # fmt: skip
+    ),
 }
 
 
@@ -101,14 +112,15 @@ def megatron_args(flags: list[str], dynmoe: DynMoEConfig | None):
     from megatron.training.arguments import parse_args, validate_args
 
     from megatron_dynmoe.config import dest_of
+    from megatron_dynmoe.routers.router_config import all_fields
 
     sys.argv[1:] = [sys.argv[1], *host.default_flags(), *SHARED_FLAGS, "--vocab-size", str(VOCAB), *flags]
     out, sys.argv[1:] = sys.argv[1], sys.argv[2:]
     args = validate_args(parse_args(), {})
     sys.argv[1:] = [out]
     if dynmoe is not None:
-        for field in vars(dynmoe):
-            setattr(args, dest_of(field), getattr(dynmoe, field))
+        for field in all_fields(DynMoEConfig):
+            setattr(args, dest_of(field.name), getattr(dynmoe, field.name))
     return args
 
 
@@ -132,11 +144,9 @@ def build_model(args, dynmoe: DynMoEConfig | None):
 @torch.no_grad()
 def set_experts(model) -> None:
     """Other slots active in each layer; thresholds that leave some tokens without an expert; a mixer that mixes."""
-    from megatron_dynmoe.mcore.adaptive_router import AdaptiveRouter
-
     for layer in model.decoder.layers:
         router = getattr(layer.mlp, "router", None)
-        if not isinstance(router, AdaptiveRouter):
+        if not hasattr(router, "experts_mask"):
             continue
         router.experts_mask.copy_(torch.arange(4) != layer.layer_number % 4)
         router.thresholds.copy_(torch.tensor([-0.2, 0.0, 0.1, 0.2]))

@@ -20,35 +20,37 @@ def pretrain(argv: list[str], out: Path) -> int:
 
     Experts 0 and 4 start with thresholds that nobody passes, so that tokens go without and updates add experts.
     """
-    from megatron_dynmoe.mcore.adaptation import ExpertAdaptation
+    from megatron_dynmoe.mcore.controllers import Driver
     from megatron_dynmoe.routers import RULES
 
     thresholds = torch.zeros(8)
     thresholds[[0, 2, 4, 6]] = torch.tensor([3.0, 0.1, 0.95, 0.6])
     start = replace(RULES["top-any"], parameters=lambda *_: {"thresholds": thresholds.clone()})
     RULES["top-any"] = start
-    check_every_update(ExpertAdaptation)
-    _update_in_turn(ExpertAdaptation)
-    _check_every_step(ExpertAdaptation, out)
+    check_every_update()
+    _update_in_turn()
+    _check_every_step(Driver, out)
     try:
         return ranks.pretrain(argv)
     finally:
-        (adaptation,) = [thing for thing in gc.get_objects() if isinstance(thing, ExpertAdaptation)]
-        _write_down(adaptation, out, "end")
+        (driver,) = [thing for thing in gc.get_objects() if isinstance(thing, Driver)]
+        _write_down(driver, out, "end")
 
 
-def _update_in_turn(adaptation_class: type) -> None:
-    update = adaptation_class._update
+def _update_in_turn() -> None:
+    from megatron_dynmoe.routers.adaptation import Adaptation
 
-    def update_with_its_init(self: Any, iteration: int) -> list[Any]:
-        self.dynmoe = replace(self.dynmoe, added_expert_init=INITS[iteration // 2 % len(INITS)])
-        return update(self, iteration)
+    update = Adaptation._update
 
-    adaptation_class._update = update_with_its_init
+    def update_with_its_init(self: Any, state: Any, step: Any) -> Any:
+        self.config = replace(self.config, added_expert_init=INITS[step.iteration // 2 % len(INITS)])
+        return update(self, state, step)
+
+    Adaptation._update = update_with_its_init
 
 
-def _check_every_step(adaptation_class: type, out: Path) -> None:
-    watch, after_step = adaptation_class.watch, adaptation_class.after_step
+def _check_every_step(driver_class: type, out: Path) -> None:
+    watch, after_step = driver_class._watch, driver_class.after_step
 
     def watch_and_write(self: Any, chunk: Any) -> None:
         first = not self.chunks
@@ -56,23 +58,23 @@ def _check_every_step(adaptation_class: type, out: Path) -> None:
         if first:
             _write_down(self, out, "start")
 
-    def check_after_step(self: Any, iteration: int) -> None:
-        after_step(self, iteration)
-        self._gather_weights()
+    def check_after_step(self: Any, iteration: int, *, taken: bool) -> None:
+        after_step(self, iteration, taken=taken)
+        self.gather_weights()
         for _, parameter, kept, begin in _kept(self):
             mine = parameter.detach().flatten()[begin : begin + kept["param"].numel()]
             assert torch.equal(mine, kept["param"].detach().flatten().to(mine.dtype)), (iteration, parameter.shape)
 
-    adaptation_class.watch, adaptation_class.after_step = watch_and_write, check_after_step
+    driver_class._watch, driver_class.after_step = watch_and_write, check_after_step
 
 
-def _kept(adaptation: Any) -> list[tuple[str, Any, dict[str, torch.Tensor], int]]:
+def _kept(driver: Any) -> list[tuple[str, Any, dict[str, torch.Tensor], int]]:
     """Name, parameter, what megatron saves for it, and where that begins in the flattened parameter."""
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     found = []
-    names = {p: name for chunk in adaptation.chunks for name, p in chunk.named_parameters()}
-    for leaf in getattr(adaptation.optimizer(), "chained_optimizers", [adaptation.optimizer()]):
+    names = {p: name for chunk in driver.chunks for name, p in chunk.named_parameters()}
+    for leaf in getattr(driver.optimizer(), "chained_optimizers", [driver.optimizer()]):
         if isinstance(leaf, DistributedOptimizer):
             for parameter in leaf.model_param_gbuf_map.keys() & names.keys():
                 begin = leaf._get_model_param_range_map(parameter)["param"].start
@@ -86,12 +88,12 @@ def _kept(adaptation: Any) -> list[tuple[str, Any, dict[str, torch.Tensor], int]
     return found
 
 
-def _write_down(adaptation: Any, out: Path, when: str) -> None:
+def _write_down(driver: Any, out: Path, when: str) -> None:
     """(name, which) -> (begin in the whole model's parameter, values); experts' parameters begin by their rank."""
     from megatron.core.parallel_state import get_expert_model_parallel_rank
 
     ep, state = get_expert_model_parallel_rank(), {}
-    for name, parameter, kept, begin in _kept(adaptation):
+    for name, parameter, kept, begin in _kept(driver):
         begin += 0 if getattr(parameter, "allreduce", True) else ep * parameter.numel()
         tensors = {which: tensor for which, tensor in kept.items() if torch.is_tensor(tensor) and tensor.dim()}
         state |= {(name, which): (begin, tensor.detach().flatten().clone()) for which, tensor in tensors.items()}

@@ -93,6 +93,29 @@ def test_each_program_is_a_command_and_each_tool_and_example_the_same_entry() ->
         assert module.main is import_module(f"megatron_dynmoe.programs.{name}").main
 
 
+# As pip writes the wheel's; the helper processes of checkpoints start as this one does.
+SCRIPT = """
+import multiprocessing, sys
+from megatron_dynmoe.programs.pretrain import main
+from megatron_dynmoe.launch import parent
+def tell():
+    sys.exit(10 + parent._watched)
+if __name__ == "__main__":
+    child = multiprocessing.get_context("spawn").Process(target=tell)
+    child.start()
+    child.join()
+    print(parent._watched, child.exitcode)
+"""
+
+
+def test_helper_processes_of_a_command_end_with_their_rank(tmp_path: Path) -> None:
+    (tmp_path / "dynmoe-pretrain").write_text(SCRIPT)
+    command = [sys.executable, str(tmp_path / "dynmoe-pretrain")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["False", "11"], done.stderr
+
+
 def test_the_version_is_said_once() -> None:
     assert setup_arguments()["version"] == megatron_dynmoe.__version__
     sources = [ROOT / "setup.py", ROOT / "pyproject.toml", *(ROOT / "megatron_dynmoe").rglob("*.py")]

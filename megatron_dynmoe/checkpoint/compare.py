@@ -10,31 +10,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_dynmoe.config import DynMoEConfig
+from megatron_dynmoe.routers.registry import fields_of, methods
+from megatron_dynmoe.routers.router_config import all_fields
+from megatron_dynmoe.routers.settings import dest_of_field
+
 from .errors import CheckpointError
 
-# Fields of DynMoEConfig that change which experts a token visits and what it gets from them ...
-ROUTING = (
-    *("moe_gate", "moe_rule", "moe_top_p", "moe_router_topk", "moe_max_experts_per_token", "moe_normalize_weights"),
-    *("moe_cosine_scale", "moe_train_cosine_scale", "moe_zero_experts", "moe_copy_experts", "moe_constant_experts"),
-    *("moe_gating_residual", "moe_logits_norm_std", "moe_drop_zero_weight", "moe_expert_input_scale"),
-    *("moe_adaptive_experts", "moe_residual"),
-)
-# ... and those that act while training alone, or not on what is computed: losses, schedules, bounds, places.
-TRAINING = (
-    *("moe_aux_loss_coeff", "moe_entropy_coeff", "moe_diversity_coeff", "moe_simplicity_coeff"),
-    *("moe_efficiency_coeff", "moe_z_loss_coeff", "moe_input_jitter_eps", "moe_max_rows", "moe_max_rows_per_token"),
-    *("moe_tau", "moe_capacity_gamma", "moe_initial_experts", "moe_record_from", "moe_update_at", "moe_update_period"),
-    *("moe_max_added_experts", "moe_added_expert_init", "moe_expert_backend", "moe_dispatch_unit"),
-    *("moe_fp8_recipe", "moe_fp8_format", "moe_fp8_emulate", "fp8_margin", "fp8_amax_history_len"),
-    *("fp8_amax_compute_algo", "fp8_wgrad"),
-)
-# Read by one rule or gate only.
-_READ_BY = {
-    "moe_top_p": ("moe_rule", "top-p"),
-    "moe_router_topk": ("moe_rule", "top-k"),
-    "moe_cosine_scale": ("moe_gate", "cosine"),
-    "moe_train_cosine_scale": ("moe_gate", "cosine"),
-}
 # Megatron's arguments that change the function and leave all shapes as they are.
 MODEL = (
     *("position_embedding_type", "rotary_base", "rotary_percent", "rotary_interleaved", "use_rope_scaling"),
@@ -67,6 +49,17 @@ _SCHEDULE = {
 _FLAGS = {"add_bias_linear": "--disable-bias-linear", "layernorm_epsilon": "--norm-epsilon"}
 
 
+def routing_arguments() -> list[str]:
+    """Of every setting that decides which experts a token visits and what it gets from them."""
+    return [dest_of_field(field) for field in all_fields(DynMoEConfig) if not field.metadata.get("training")]
+
+
+def _readers(name: str) -> set[tuple[str, str]]:
+    """("moe_gate" or "moe_rule", its name) of the methods that alone read the argument ``name``; empty: all do."""
+    own = ((kind, method, field) for kind, method, traits in methods() for field in fields_of(traits))
+    return {(f"moe_{kind}", method) for kind, method, field in own if dest_of_field(field) == name}
+
+
 def check_function(saved: Namespace, given: Namespace, *, allow: bool) -> list[str]:
     """Hold what the model computes against what it was trained to compute.
 
@@ -83,7 +76,7 @@ def check_function(saved: Namespace, given: Namespace, *, allow: bool) -> list[s
     """
     if shapes := list(_differences(saved, given, SHAPES)):
         raise CheckpointError(f"the checkpoint is of another model: {'; '.join(shapes)}; accepted: the saved values.")
-    changed = list(_differences(saved, given, ROUTING + MODEL))
+    changed = list(_differences(saved, given, (*routing_arguments(), *MODEL)))
     if changed and not allow:
         raise CheckpointError(
             f"the checkpoint was trained with another function: {'; '.join(changed)}; accepted: the saved values, or "
@@ -179,8 +172,10 @@ def check_tokenizer(saved: Namespace, given: Namespace, *, allow: bool) -> list[
 
 def _differences(saved: Namespace, given: Namespace, names: Sequence[str]) -> Iterator[str]:
     for name in names:
-        by = _READ_BY.get(name)
-        if by is not None and by[1] not in (getattr(saved, by[0], None), getattr(given, by[0], None)):
+        readers = _readers(name)
+        if readers and not any(
+            getattr(args, kind, None) == method for args in (saved, given) for kind, method in readers
+        ):
             continue
         if not hasattr(saved, name) or not hasattr(given, name):
             continue

@@ -25,11 +25,13 @@ from megatron_dynmoe.demo.steps import (
     training_steps,
 )
 from megatron_dynmoe.demo.summary import sample_of, summarize, table
+from megatron_dynmoe.errors import one_sentence
 from megatron_dynmoe.programs.command import command_parser
 
 MARK = ".megatron_dynmoe_demo"  # a folder that holds this file is the demo's own, to be emptied
 
 
+@one_sentence("demo")
 def main(argv: list[str] | None = None) -> int:
     """Run the demo; returns 0, 1 after one sentence that says what failed, or 130 after an interruption."""
     example = "dynmoe-demo --output demo --preset moe-plus-plus"
@@ -40,15 +42,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--preset", choices=list(ROUTING), default=next(iter(ROUTING)), help="published system")
     options = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, _interrupt)
-    again = f"`python -m megatron_dynmoe.demo --continue --output {options.output}` goes on from here"
     try:
         demo(options.output.absolute(), go_on=options.go_on, ranks=options.ranks, preset=options.preset)
-    except DemoError as error:
-        print(f"\ndemo: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
-        print(f"\ndemo: interrupted; {again}.", file=sys.stderr)
-        return 130
+        again = f"python -m megatron_dynmoe.demo --continue --output {options.output}"
+        raise KeyboardInterrupt(f"`{again}` goes on from here.") from None
     return 0
 
 

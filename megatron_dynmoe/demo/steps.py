@@ -17,6 +17,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from megatron_dynmoe.checks import check_division
+from megatron_dynmoe.errors import UserError
+
 SUBSETS = ("code", "docs")
 PROMPTS = ("def read_lines(path):\n", "The following options")  # one for each subset
 
@@ -81,7 +84,7 @@ TRAINING: dict[str, Any] = {
 }
 
 
-class DemoError(RuntimeError):
+class DemoError(UserError):
     """The demo cannot go on; the message is one sentence for the user."""
 
 
@@ -124,9 +127,9 @@ def look_at_machine(ranks: int | None = None, preset: str = "dynamic-moe") -> Ma
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     chosen = ranks if ranks is not None else min(2, gpus or 2)
     experts = ROUTING[preset]["num-experts"]
-    if chosen < 1 or experts % chosen or (gpus and chosen > gpus):
-        most = f" and is at most {gpus}, the number of GPUs" if gpus else ""
-        raise DemoError(f"--ranks is {chosen}; accepted: a number that divides the {experts} experts{most}.")
+    check_division(experts, chosen, "--ranks", DemoError)
+    if gpus and chosen > gpus:
+        raise DemoError(f"--ranks is {chosen}; accepted: at most {gpus}, the number of GPUs.")
     return Machine(ranks=chosen, gpus=gpus, cores=len(os.sched_getaffinity(0)))
 
 

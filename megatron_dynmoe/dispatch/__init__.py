@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_dynmoe.dispatch.choose import choose_unit, leaves_node, wire_bytes
+from megatron_dynmoe.dispatch.choose import choose_unit, leaves_node
 from megatron_dynmoe.dispatch.per_expert import PerExpertTransport
 from megatron_dynmoe.dispatch.per_rank import PerRankTransport
 from megatron_dynmoe.dispatch.transport import Transport
@@ -23,7 +23,7 @@ from megatron_dynmoe.routing import RoutePlan
 
 TRANSPORTS: dict[str, type[Transport]] = {"expert": PerExpertTransport, "rank": PerRankTransport}
 
-__all__ = ["TRANSPORTS", "Transport", "choose_unit", "combine", "dispatch", "leaves_node", "wire_bytes"]
+__all__ = ["TRANSPORTS", "Transport", "choose_unit", "combine", "dispatch", "leaves_node"]
 
 
 def dispatch(

@@ -9,14 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_dynmoe.routing import RoutePlan
-from megatron_dynmoe.units import MEASURED_SAVING, cheaper_unit
-
-
-def wire_bytes(unit: str, *, rows: int, pairs: int, width: int, itemsize: int, local_experts: int) -> int:
-    """Bytes of one dispatch (rows and float32 weights), for ``rows`` or ``pairs`` that cross."""
-    if unit == "expert":
-        return rows * (width * itemsize + 4)
-    return pairs * (width * itemsize + 4 * local_experts)
+from megatron_dynmoe.units import MEASURED_SAVING, cheaper_unit, weight_bytes, wire_bytes
 
 
 def choose_unit(plan: RoutePlan, *, width: int, itemsize: int, saving: float = MEASURED_SAVING) -> str:
@@ -31,15 +24,11 @@ def choose_unit(plan: RoutePlan, *, width: int, itemsize: int, saving: float = M
         saving: :func:`megatron_dynmoe.units.saving_wanted` of the group's link; the same on all its ranks.
     """
     local = len(plan.received_PRL[0][0])
-    if len(plan.pairs_sent_R) == 1:
-        return "expert"
     sizes = {
-        unit: wire_bytes(
-            unit, rows=plan.total_rows, pairs=plan.total_pairs, width=width, itemsize=itemsize, local_experts=local
-        )
-        for unit in ("expert", "rank")
+        unit: rows * wire_bytes(width=width, itemsize=itemsize, beside=weight_bytes(unit, local), ways=1)
+        for unit, rows in (("expert", plan.total_rows), ("rank", plan.total_pairs))
     }
-    return cheaper_unit(sizes["rank"], sizes["expert"], saving)
+    return cheaper_unit(sizes["rank"], sizes["expert"], saving, ranks=len(plan.pairs_sent_R))
 
 
 def leaves_node(group: dist.ProcessGroup | None, device: torch.device) -> bool:

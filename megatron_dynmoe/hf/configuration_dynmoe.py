@@ -1,15 +1,22 @@
 """Configuration of the Hugging Face DynMoE model.
 
-This file, `router_dynmoe.py`, `free_experts_dynmoe.py` and `modeling_dynmoe.py` are copied beside exported weights and
-loaded from there with `trust_remote_code`, so they import nothing but torch and transformers (5.x).
+This file, `router_dynmoe.py`, `free_experts_dynmoe.py` and `modeling_dynmoe.py` are copied beside exported weights with
+the files of the routing code that they import, and loaded from there with `trust_remote_code`. So all of them import
+nothing but torch and transformers (5.x) and, in lines that `code.py` rewrites, the routing code.
 """
 
 # ruff: noqa: RUF012  (transformers reads these class attributes as they are)
 
+from dataclasses import Field
+from importlib import import_module
+
+from transformers import GenerationConfig
 from transformers.models.llama.configuration_llama import LlamaConfig
 
-ROUTER_RULES = ("top-p", "top-k", "top-any")
-ROUTER_GATES = ("softmax", "tanh", "cosine")
+from megatron_dynmoe import routers  # noqa: F401  (registers the methods; beside weights: those of the model)
+from megatron_dynmoe.ranges import Range
+from megatron_dynmoe.routers.registry import GATES, RULES
+from megatron_dynmoe.routers.router_config import RouterConfig, exported_fields
 
 
 class DynMoEHFConfig(LlamaConfig):
@@ -20,12 +27,11 @@ class DynMoEHFConfig(LlamaConfig):
 
     - `moe_layers`: one 0 or 1 per layer, 1 where the feed-forward network is a mixture (None: every layer).
     - `num_experts`, `moe_intermediate_size`: experts per mixture and their width.
-    - `router_rule`: "top-p" keeps the most probable experts while the probability *before* an expert is at most
-      `top_p_threshold` (in [0, 1]; 0 keeps one expert, 1 keeps all); "top-k" keeps `num_experts_per_tok`; "top-any"
-      keeps all whose score exceeds their own learned threshold, or the best one, each with weight 1/k.
-    - `router_gate`: "softmax" of linear logits, or of those of two layers with "tanh" between; or "cosine": the sigmoid
-      of `cosine_scale` times the cosine with each expert's embedding, where `trained_cosine_scale` says that the scale
-      is a weight of each router.
+    - `router_gate` and `router_rule`: how scores are made, and which experts a token visits; the methods that there are
+      are files beside this one. Each brings its own fields: of rule "top-p" `top_p_threshold`, of "top-k"
+      `num_experts_per_tok`, of gate "cosine" `cosine_scale` and `trained_cosine_scale`.
+    - `moved_settings`: of settings that training moved, by name, one number per layer (None in dense layers); these are
+      read in the place of the fields of those names, which hold what training started from.
     - `constant_experts`, `copy_experts`, `zero_experts`: zero-computation experts of each mixture (MoE++) that stand
       beside its `num_experts` feed-forward ones; rule and cap choose among all of them.
     - `gating_residual`: whether a learned map of the previous mixture's logits is added to a router's logits, and
@@ -44,6 +50,7 @@ class DynMoEHFConfig(LlamaConfig):
     """
 
     model_type = "dynmoe"
+    has_no_defaults_at_init = True  # the default's methods need not be beside these weights
     base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",
@@ -57,11 +64,8 @@ class DynMoEHFConfig(LlamaConfig):
     experts_by_layer: list[int] | None = None
     expert_slots: list[list[int]] | None = None
     router_gate: str = "softmax"
-    cosine_scale: float = 1.0
-    trained_cosine_scale: bool = False
     router_rule: str = "top-p"
-    top_p_threshold: float = 0.4
-    num_experts_per_tok: int = 2
+    moved_settings: dict[str, list[float | None]] | None = None
     max_experts_per_token: int | None = None
     normalize_router_weights: bool = False
     shared_expert_intermediate_size: int = 0
@@ -80,73 +84,98 @@ class DynMoEHFConfig(LlamaConfig):
             self.moe_layers = [1] * self.num_hidden_layers
         if self.moe_intermediate_size is None:
             self.moe_intermediate_size = self.intermediate_size
+        own = {name: kwargs.pop(name, field.default) for name, field in self.method_fields().items()}
         super().__post_init__(**kwargs)
+        for name, value in own.items():
+            setattr(self, name, value)
         self.validate_architecture()
+
+    def method_fields(self) -> dict[str, Field]:
+        """What the chosen gate and rule are set by, by the names of this configuration.
+
+        Raises ValueError for a gate or rule that there is not, and for a name that transformers uses for something
+        else, and would drop.
+        """
+        self._check("router_gate", self.router_gate in GATES, f"one of {', '.join(GATES)}")
+        self._check("router_rule", self.router_rule in RULES, f"one of {', '.join(RULES)}")
+        found = exported_fields(GATES[self.router_gate], RULES[self.router_rule])
+        taken = {*dir(type(self)), *type(self).__dataclass_fields__, *GenerationConfig._get_default_generation_params()}
+        for name in found:
+            if name in taken:
+                raise ValueError(f"the setting {name!r} has a name that transformers uses; give it exported='...'.")
+        return found
+
+    def router_config(self, layer=None) -> RouterConfig:
+        """What the router of a layer, counted from 0, routes by; `None`: as training started."""
+        found = exported_fields(GATES[self.router_gate], RULES[self.router_rule], own=True)
+        values = {field.name: getattr(self, name) for name, field in found.items()}
+        moved = {} if layer is None else {n: row[layer] for n, row in (self.moved_settings or {}).items()}
+        return RouterConfig(**values).moved({found[name].name: value for name, value in moved.items()})
 
     def validate_architecture(self):
         """Replaces LLaMA's check: `head_dim` may be independent of `hidden_size` here, and the mixture has its own."""
-        layers = self.moe_layers or []
-        checks = [
-            (
-                "num_key_value_heads",
-                self.num_attention_heads % self.num_key_value_heads == 0,
-                "a divisor of num_attention_heads",
-            ),
-            ("head_dim", self.head_dim % 2 == 0, "an even number"),
-            (
-                "moe_layers",
-                len(layers) == self.num_hidden_layers and set(layers) <= {0, 1},
-                f"a list of {self.num_hidden_layers} zeros and ones",
-            ),
-            ("num_experts", self.num_experts >= 1, "at least 1"),
-            ("router_gate", self.router_gate in ROUTER_GATES, f"one of {', '.join(ROUTER_GATES)}"),
-            ("router_rule", self.router_rule in ROUTER_RULES, f"one of {', '.join(ROUTER_RULES)}"),
-            ("router_rule", self.router_rule != "top-any" or self.router_gate == "cosine", "another with this gate"),
-            (
-                "experts_by_layer",
-                self.experts_by_layer is None
-                or [n > 0 for n in self.experts_by_layer] == [bool(is_moe) for is_moe in layers],
-                "None or a number for each layer, 0 for the dense ones",
-            ),
-            (
-                "residual_mixture",
-                not self.residual_mixture or self.shared_expert_intermediate_size > 0,
-                "False without a shared expert",
-            ),
-            ("top_p_threshold", 0.0 <= self.top_p_threshold <= 1.0, "in [0, 1]"),
-            ("num_experts_per_tok", self.num_experts_per_tok >= 1, "at least 1"),
-            (
-                "max_experts_per_token",
-                self.max_experts_per_token is None or self.max_experts_per_token >= 1,
-                "None or at least 1",
-            ),
-            *self._zero_computation_checks(),
-        ]
-        for field, valid, accepted in checks:
-            if not valid:
-                raise ValueError(f"{field} is {getattr(self, field)!r}; it must be {accepted}.")
+        layers, experts = self.moe_layers or [], self.experts_by_layer
+        self._check(
+            "num_key_value_heads",
+            self.num_attention_heads % self.num_key_value_heads == 0,
+            "a divisor of num_attention_heads",
+        )
+        self._check("head_dim", self.head_dim % 2 == 0, "an even number")
+        sparse = len(layers) == self.num_hidden_layers and set(layers) <= {0, 1}
+        self._check("moe_layers", sparse, f"a list of {self.num_hidden_layers} zeros and ones")
+        self._check("num_experts", self.num_experts >= 1, "at least 1")
+        fits = experts is None or [n > 0 for n in experts] == [bool(is_moe) for is_moe in layers]
+        self._check("experts_by_layer", fits, "None or a number for each layer, 0 for the dense ones")
+        fits = experts is None or not self.gating_residual
+        self._check("gating_residual", fits, "False where experts_by_layer is set")
+        fits = not self.residual_mixture or self.shared_expert_intermediate_size > 0
+        self._check("residual_mixture", fits, "False without a shared expert")
+        self._check_routing()
+
+    def _check_routing(self):
+        """The fields of the router, each by what its setting accepts, and what they must be together."""
+        gate, rule = GATES[self.router_gate], RULES[self.router_rule]
+        fields = exported_fields(gate, rule, own=True)
+        for name, field in fields.items():
+            accepts = field.metadata.get("accepts")
+            if isinstance(accepts, Range):
+                self._check(name, accepts.accepts(getattr(self, name)), str(accepts))
+        fits = not rule.gates or self.router_gate in rule.gates
+        self._check("router_rule", fits, f"another with router_gate {self.router_gate!r}")
+        weighted = self.zero_experts > 0 and gate.probabilities
+        wanted = f"False without zero experts, or with router_gate {self.router_gate!r}"
+        self._check("drop_zero_weight", weighted or not self.drop_zero_weight, wanted)
+        numbers = (int, float)
+        fits = all(
+            name in fields
+            and len(row) == self.num_hidden_layers
+            and all(isinstance(x, numbers) for x, is_moe in zip(row, self.moe_layers, strict=True) if is_moe)
+            for name, row in (self.moved_settings or {}).items()
+        )
+        wanted = f"None, or by the name of a setting of the router {self.num_hidden_layers} numbers, one for each layer"
+        self._check("moved_settings", fits, wanted)
+        self.router_config()  # what methods check themselves
+
+    def _check(self, name, valid, accepted):
+        if not valid:
+            raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {accepted}.")
 
     @property
     def zero_computation_experts(self):
         """Columns of a router beside those of the feed-forward experts: constant, copy, zero."""
         return self.constant_experts + self.copy_experts + self.zero_experts
 
-    def _zero_computation_checks(self):
-        """(field, whether it is valid, what would be) of what MoE++ adds."""
-        counts = [
-            (name, getattr(self, name) >= 0, "at least 0")
-            for name in ("zero_experts", "copy_experts", "constant_experts")
-        ]
-        std, dropped = self.logits_norm_std, self.drop_zero_weight
-        weighted = self.zero_experts > 0 and self.router_gate != "cosine"
-        alike = self.experts_by_layer is None
-        return [
-            *counts,
-            ("logits_norm_std", std is None or std > 0, "None or above 0"),
-            ("drop_zero_weight", weighted or not dropped, "False without zero experts, or with gate 'cosine'"),
-            ("expert_input_scale", self.expert_input_scale > 0, "above 0"),
-            ("gating_residual", alike or not self.gating_residual, "False where experts_by_layer is set"),
-        ]
+    def save_pretrained(self, save_directory, **kwargs):
+        """As transformers does, with the routing code where it copies code."""
+        super().save_pretrained(save_directory, **kwargs)
+        if self._auto_class is not None:
+            save_code(self, save_directory)
+
+
+def save_code(config, folder):
+    """In the library these files import it, so transformers' copies would; beside weights there is nothing to do."""
+    if __name__.startswith("megatron_dynmoe."):
+        import_module("megatron_dynmoe.hf.code").write_code(config.router_gate, config.router_rule, folder)
 
 
 __all__ = ["DynMoEHFConfig"]

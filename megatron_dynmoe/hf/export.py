@@ -7,7 +7,6 @@ the target's name at the end: an export that fails or is interrupted leaves noth
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +20,14 @@ from tqdm import tqdm
 from megatron_dynmoe.checkpoint.reader import DistCheckpoint
 
 from .beside import beside, writing
+from .code import write_code
 from .errors import ExportError
 from .mapping import Piece, left_out, plan, stored_dtype
+from .moved import moved_fields
 from .saved_args import config_fields
 from .slots import slot_fields
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_HERE = Path(__file__).parent
-_CODE = ("configuration_dynmoe.py", "router_dynmoe.py", "free_experts_dynmoe.py", "modeling_dynmoe.py")
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ def export(
         tokenizer = None
         if tokenizer_model is not None and write_tokenizer is not None:
             tokenizer = _tokenizer(write_tokenizer, Path(tokenizer_model), folder)
-        fields |= slot_fields(checkpoint, fields)
+        fields |= slot_fields(checkpoint, fields) | moved_fields(checkpoint, fields)
         fields["vocab_size"] = _vocab_size(checkpoint, vocab_size, tokenizer)
         pieces = plan(checkpoint, fields, fields["vocab_size"])
         wanted = DTYPES[dtype] if dtype else stored_dtype(checkpoint, pieces)
@@ -213,5 +212,4 @@ def _write_config(folder: Path, fields: dict[str, Any], dtype: torch.dtype, toke
     }
     config.save_pretrained(folder)
     GenerationConfig.from_model_config(config).save_pretrained(folder)
-    for name in _CODE:
-        shutil.copyfile(_HERE / name, folder / name)
+    write_code(config.router_gate, config.router_rule, folder)

@@ -17,8 +17,8 @@ from torch import Tensor
 from megatron_dynmoe.checkpoint.reader import DistCheckpoint
 
 from .errors import ExportError
+from .moved import router_config, training_state
 from .rows import Part, Row
-from .slots import ROUTER_RECORDS
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def plan(checkpoint: DistCheckpoint, fields: dict[str, Any], vocab_size: int) ->
     pieces = [keys.piece(row) for row in table(fields, vocab_size)]
     if first_gate_map := unmapped(fields):
         keys.unused.add(f"decoder.layers.{first_gate_map[0]}.{first_gate_map[1]}")
-    keys.check_all_used(pieces)
+    keys.check_all_used(pieces, training_state(fields))
     return pieces
 
 
@@ -135,26 +135,20 @@ def _attention(layer: int, hf: str, fields: dict[str, Any]) -> Row:
 
 
 def _router(layer: int, hf: str, fields: dict[str, Any], slots: list[int] | None) -> Iterator[Row]:
-    """What gate and rule learned; of weight and thresholds the rows of active slots."""
-    kinds = ("num_experts", "constant_experts", "copy_experts", "zero_experts")
-    columns, width = sum(fields.get(kind, 0) for kind in kinds), fields["hidden_size"]
-    hidden = 8 * columns if fields.get("router_gate") == "tanh" else None
-    same = partial(_same, layer)
-
-    def by_slot(name: str, *rest: int) -> Row:
-        shape = (columns if slots is None else len(slots), *rest)
-        part = Part(f"{hf}.{name}", shape, ... if slots is None else slots)
-        return Row((f"mlp.router.{name}",), layer, (columns, *rest), (part,))
-
-    yield by_slot("weight", hidden or width)
-    if hidden:
-        yield same("mlp.router.hidden_weight", f"{hf}.hidden_weight", (hidden, width))
-    if fields.get("gating_residual") and any(fields["moe_layers"][:layer]):
-        yield same("mlp.router.gate_map", f"{hf}.gate_map", (columns, columns))
-    if fields["router_rule"] == "top-any":
-        yield by_slot("thresholds")
-    if fields.get("trained_cosine_scale"):
-        yield same("mlp.router.logit_scale", f"{hf}.logit_scale", (1,))
+    """What gate and rule learned, as they say themselves; of what has a row for each slot those of active ones."""
+    config, width = router_config(fields), fields["hidden_size"]
+    gate, rule = config.methods
+    columns = fields["num_experts"] + config.zero_computation_experts
+    shapes = {"weight": gate.weight_shape(columns, width) if gate.weight_shape else (columns, width)}
+    for method in (gate, rule):
+        learned = method.parameters(config, columns, width) if method.parameters else {}
+        shapes |= {name: tuple(getattr(value, "shape", value)) for name, value in learned.items()}
+    if config.gating_residual and any(fields["moe_layers"][:layer]):
+        shapes["gate_map"] = (columns, columns)
+    for name, shape in shapes.items():
+        by_slot = slots is not None and shape[0] == columns
+        part = Part(f"{hf}.{name}", (len(slots), *shape[1:]), slots) if by_slot else Part(f"{hf}.{name}", shape)
+        yield Row((f"mlp.router.{name}",), layer, shape, (part,))
 
 
 def _mlp(layer: int, megatron: str, hf: str, width: int, ffn: int) -> Iterator[Row]:
@@ -211,11 +205,11 @@ class _Keys:
             raise ExportError(f"{key!r} in {self.path} is {'x'.join(map(str, found))}, the arguments say {wanted}.")
         return Piece(key, index, row.export)
 
-    def check_all_used(self, pieces: list[Piece]) -> None:
-        """A weight that no piece reads belongs to a feature that the exported model lacks."""
+    def check_all_used(self, pieces: list[Piece], state: set[str]) -> None:
+        """A weight that no piece reads, and that is no `state` of a router, is of a feature that the export lacks."""
         used = {piece.key for piece in pieces} | self.unused
         model = [key for key in self.shapes if key.split(".")[0] in ("embedding", "decoder", "output_layer", "mtp")]
-        used |= {key for key in model if key.rpartition(".")[2] in ROUTER_RECORDS}
+        used |= {key for key in model if key.rpartition(".")[0].endswith(".router") and key.rpartition(".")[2] in state}
         if left := sorted(set(model) - used):
             raise ExportError(f"the export knows no place for {', '.join(left[:5])} ({len(left)} in {self.path}).")
 

@@ -7,7 +7,6 @@ tokens of the batch, `D` hidden size, `E` experts, `N` routed (token, expert) pa
 
 # ruff: noqa: RUF012  (transformers reads these class attributes as they are)
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -26,9 +25,9 @@ from transformers.models.llama.modeling_llama import (
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder
 
-from .configuration_dynmoe import DynMoEHFConfig
+from .configuration_dynmoe import DynMoEHFConfig, save_code
 from .free_experts_dynmoe import DynMoEFreeExperts
-from .router_dynmoe import CarriedLogits, DynMoERouter, select_experts  # noqa: F401  (the rule: for callers)
+from .router_dynmoe import CarriedLogits, DynMoERouter
 
 
 class DynMoEMLP(nn.Module):
@@ -58,7 +57,7 @@ class DynMoESparseMLP(nn.Module):
         experts = config.num_experts if experts is None else experts
         self.layer_idx = layer_idx
         self.input_scale = config.expert_input_scale
-        self.router = DynMoERouter(config, experts, first=not any(config.moe_layers[:layer_idx]))
+        self.router = DynMoERouter(config, experts, layer_idx, first=not any(config.moe_layers[:layer_idx]))
         self.free_experts = DynMoEFreeExperts(config) if config.zero_computation_experts else None
         self.experts = nn.ModuleList(DynMoEMLP(config, config.moe_intermediate_size) for _ in range(experts))
         width = config.shared_expert_intermediate_size
@@ -149,18 +148,19 @@ class DynMoEPreTrainedModel(LlamaPreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        if not isinstance(module, (DynMoERouter, DynMoEFreeExperts)):
-            return
-        for name, parameter in module.named_parameters():
-            if getattr(parameter, "_is_hf_initialized", False):
-                continue
-            if name == "thresholds":
-                nn.init.zeros_(parameter)
-            elif name == "logit_scale":
-                nn.init.constant_(parameter, math.log(self.config.cosine_scale))
-            else:
-                # A constant expert's vector is drawn from N(0, 1), as in the public code of MoE++.
-                nn.init.normal_(parameter, std=1.0 if name == "values" else self.config.initializer_range)
+        if isinstance(module, DynMoERouter):
+            module.reset_parameters(self.config.initializer_range)
+        elif isinstance(module, DynMoEFreeExperts):
+            for name, parameter in module.named_parameters():
+                if not getattr(parameter, "_is_hf_initialized", False):
+                    # A constant expert's vector is drawn from N(0, 1), as in the public code of MoE++.
+                    nn.init.normal_(parameter, std=1.0 if name == "values" else self.config.initializer_range)
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """As transformers does, with the routing code where it copies code."""
+        super().save_pretrained(save_directory, **kwargs)
+        if self._auto_class is not None:
+            save_code(self.config, save_directory)
 
 
 class DynMoEModel(DynMoEPreTrainedModel, LlamaModel):

@@ -1,7 +1,12 @@
 """From the arguments that megatron saved in a checkpoint to the fields of the Hugging Face configuration."""
 
 from argparse import Namespace
+from dataclasses import Field
 from typing import Any
+
+from megatron_dynmoe.routers import GATES, RULES
+from megatron_dynmoe.routers.router_config import RouterConfig, exported_fields, own_fields
+from megatron_dynmoe.routers.settings import dest_of_field
 
 from .errors import ExportError
 
@@ -31,8 +36,6 @@ EXPRESSIBLE: dict[str, tuple[Any, ...]] = {
     "use_rope_scaling": (False,),
     "no_rope_freq": (None,),
     "use_mup": (False,),
-    "moe_gate": ("softmax", "tanh", "cosine"),
-    "moe_rule": ("top-p", "top-k", "top-any"),
     "moe_router_score_function": ("softmax",),
     "moe_router_enable_expert_bias": (False,),
     "moe_router_num_groups": (None,),
@@ -51,7 +54,8 @@ def config_fields(args: Namespace) -> dict[str, Any]:
     Raises:
         ExportError: an argument is missing, or has a value that the exported model could not express.
     """
-    for name, accepted in EXPRESSIBLE.items():
+    methods = {"moe_gate": tuple(GATES), "moe_rule": tuple(RULES)} if hasattr(args, "moe_rule") else {}
+    for name, accepted in (EXPRESSIBLE | methods).items():
         value = getattr(args, name, accepted[0])
         if value not in accepted:
             wanted = " or ".join(repr(v) for v in accepted)
@@ -113,36 +117,31 @@ def _moe_fields(args: Namespace) -> dict[str, Any]:
         "moe_intermediate_size": args.moe_ffn_hidden_size or args.ffn_hidden_size,
         "shared_expert_intermediate_size": args.moe_shared_expert_intermediate_size or 0,
         "shared_expert_gate": bool(getattr(args, "moe_shared_expert_gate", False)),
-        "num_experts_per_tok": args.moe_router_topk,
     }
     if not hasattr(args, "moe_rule"):
         # Stock megatron: top-k, by default with a softmax over the chosen logits, which is the same as normalising.
-        return fields | {"router_rule": "top-k", "normalize_router_weights": not args.moe_router_pre_softmax}
-    if args.moe_rule == "top-p" and args.moe_top_p is None:
-        raise ExportError("the checkpoint's saved arguments say moe_rule = 'top-p' but no moe_top_p.")
-    return (
-        fields
-        | {
-            "router_gate": getattr(args, "moe_gate", "softmax"),
-            "cosine_scale": float(getattr(args, "moe_cosine_scale", 1.0)),
-            "trained_cosine_scale": bool(getattr(args, "moe_train_cosine_scale", False)),
-            "residual_mixture": bool(getattr(args, "moe_residual", False)),
-            "router_rule": args.moe_rule,
-            "top_p_threshold": float(args.moe_top_p or 0.0),
-            "max_experts_per_token": args.moe_max_experts_per_token,
-            "normalize_router_weights": bool(args.moe_normalize_weights),
-        }
-        | _zero_computation_fields(args)
-    )
+        stock = {"router_rule": "top-k", "num_experts_per_tok": args.moe_router_topk}
+        return fields | stock | {"normalize_router_weights": not args.moe_router_pre_softmax}
+    return fields | {"residual_mixture": bool(getattr(args, "moe_residual", False))} | _routing_fields(args)
 
 
-def _zero_computation_fields(args: Namespace) -> dict[str, Any]:
-    """What MoE++ adds; tau and capacities are for training alone. Older checkpoints have none of these arguments."""
-    std = getattr(args, "moe_logits_norm_std", None)
-    kinds = ("zero_experts", "copy_experts", "constant_experts")
-    return {name: int(getattr(args, f"moe_{name}", 0)) for name in kinds} | {
-        "gating_residual": bool(getattr(args, "moe_gating_residual", False)),
-        "logits_norm_std": None if std is None else float(std),
-        "drop_zero_weight": bool(getattr(args, "moe_drop_zero_weight", False)),
-        "expert_input_scale": float(getattr(args, "moe_expert_input_scale", 1.0)),
+def _routing_fields(args: Namespace) -> dict[str, Any]:
+    """Gate and rule with their settings, and what every router has; what acts while training alone is left out.
+
+    Older checkpoints lack what every router got later, which stays at its default; a method came with its settings.
+    """
+    own = {field.name for field in own_fields(RouterConfig)}
+    methods = GATES[getattr(args, "moe_gate", RouterConfig.gate)], RULES[args.moe_rule]
+    return {
+        name: _saved(args, field, came_later=field.name in own or not field.default)
+        for name, field in exported_fields(*methods, own=True).items()
     }
+
+
+def _saved(args: Namespace, field: Field, *, came_later: bool) -> Any:
+    dest = dest_of_field(field)
+    value = getattr(args, dest, field.default) if came_later else getattr(args, dest)
+    if value is None and field.default is not None:
+        raise ExportError(f"the checkpoint's saved arguments say moe_rule = {args.moe_rule!r} but no {dest}.")
+    kind = field.type if field.type in (bool, int, float) else None
+    return value if kind is None or value is None else kind(value)  # type: ignore[operator]

@@ -7,8 +7,8 @@ from megatron_dynmoe.checkpoint.reader import DistCheckpoint
 from .errors import ExportError
 
 MASK = "experts_mask"
-# What an adaptive router remembers for training alone.
-ROUTER_RECORDS = (MASK, "recorded_rows_E", "recorded_unrouted_B", "recorded_sums_BD", "schedule")
+# What DynMoE's adaptation remembers for training alone.
+RECORDS = (MASK, "recorded_rows_E", "recorded_unrouted_B", "recorded_sums_BD", "schedule")
 
 
 def slot_fields(checkpoint: DistCheckpoint, fields: dict[str, Any]) -> dict[str, Any]:

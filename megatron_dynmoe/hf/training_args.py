@@ -1,11 +1,13 @@
 """From the Hugging Face configuration to megatron's arguments: the inverse of `saved_args`, and held against it."""
 
 from argparse import Namespace
-from dataclasses import fields as fields_of
 from pathlib import Path
 from typing import Any
 
-from megatron_dynmoe.config import ConfigError, DynMoEConfig, dest_of, flag_of
+from megatron_dynmoe.config import DynMoEConfig
+from megatron_dynmoe.routers import GATES, RULES
+from megatron_dynmoe.routers.router_config import all_fields, exported_fields
+from megatron_dynmoe.routers.settings import dest_of_field, flag_of_field
 
 from .errors import ExportError, HFImportError
 from .saved_args import EXPRESSIBLE, config_fields
@@ -14,7 +16,7 @@ from .saved_args import EXPRESSIBLE, config_fields
 _NEUTRAL = {
     *("architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "vocab_size", "expert_slots", "experts_by_layer"),
-    *("output_hidden_states", "output_attentions", "return_dict"),
+    *("output_hidden_states", "output_attentions", "return_dict", "moved_settings"),
 }
 # Arguments and their flags, in the order in which they are shown; what `DynMoEConfig` has a field for comes after.
 _FLAGS = {
@@ -49,7 +51,9 @@ def model_fields(config: dict[str, Any], file: Path) -> dict[str, Any]:
     from .configuration_dynmoe import DynMoEHFConfig
 
     try:
-        fields = DynMoEHFConfig.from_dict(dict(config)).to_dict()
+        # An adaptive number of experts is said of itself only by later exports.
+        adaptive = {"adaptive_experts": True} if config.get("expert_slots") else {}
+        fields = DynMoEHFConfig.from_dict(config | adaptive).to_dict()
     except Exception as error:  # transformers has exceptions of its own for fields of a wrong type
         raise HFImportError(f"{file} makes no model: {' '.join(str(error).split())}") from error
     _check_slots(fields, file)
@@ -72,18 +76,13 @@ def training_args(fields: dict[str, Any], file: Path, *, divisible_by: int, max_
     try:
         found = _model(fields) | (_mixture(fields) | _routing(fields) if mixture else {"num_experts": None})
         args = Namespace(**{name: accepted[0] for name, accepted in EXPRESSIBLE.items()} | found)
-        if mixture:
-            names = [field.name for field in fields_of(DynMoEConfig) if hasattr(args, dest_of(field.name))]
-            DynMoEConfig(**{name: getattr(args, dest_of(name)) for name in names})
-        else:
-            for name in ("moe_gate", "moe_rule"):
-                delattr(args, name)
         _check_same(fields, config_fields(args), file)
-    except (ExportError, ConfigError, KeyError, TypeError, ValueError) as error:
+    except (ExportError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, HFImportError):
             raise
         raise HFImportError(f"{file} makes no model that can be trained: {error}") from error
-    args.moe_max_added_experts = max_added_experts
+    if fields["expert_slots"] is not None:
+        args.moe_max_added_experts = max_added_experts
     args.make_vocab_size_divisible_by = divisible_by
     args.padded_vocab_size = -(-fields["vocab_size"] // divisible_by) * divisible_by
     return args
@@ -98,10 +97,10 @@ def model_flags(args: Namespace) -> list[str]:
         words += _words(flag, getattr(args, name, None))
     if args.num_experts is None:
         return words
-    for field in fields_of(DynMoEConfig):
-        name = dest_of(field.name)
-        if getattr(args, name, field.default) != field.default:
-            words += _words(flag_of(field.name), getattr(args, name))
+    for field in all_fields(DynMoEConfig):
+        value = getattr(args, dest_of_field(field), field.default)
+        if value != field.default:
+            words += _words(flag_of_field(field), value)
     return words
 
 
@@ -146,7 +145,7 @@ def _model(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _mixture(fields: dict[str, Any]) -> dict[str, Any]:
-    layers, topk = fields["moe_layers"], fields["num_experts_per_tok"]
+    layers, topk = fields["moe_layers"], fields.get("num_experts_per_tok", 2)  # megatron's default
     # Stock megatron normalises by choosing before the softmax, and cannot do so with one expert.
     before = not (fields["router_rule"] == "top-k" and fields["normalize_router_weights"] and topk > 1)
     return {
@@ -162,18 +161,10 @@ def _mixture(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _routing(fields: dict[str, Any]) -> dict[str, Any]:
-    kinds = ("zero_experts", "copy_experts", "constant_experts", "gating_residual", "logits_norm_std")
-    same = {f"moe_{name}": fields[name] for name in (*kinds, "drop_zero_weight", "expert_input_scale", "cosine_scale")}
-    return same | {
-        "moe_gate": fields["router_gate"],
-        "moe_rule": fields["router_rule"],
-        "moe_top_p": fields["top_p_threshold"],
-        "moe_max_experts_per_token": fields["max_experts_per_token"],
-        "moe_normalize_weights": fields["normalize_router_weights"],
-        "moe_train_cosine_scale": fields["trained_cosine_scale"],
-        "moe_residual": fields["residual_mixture"],
-        "moe_adaptive_experts": fields["expert_slots"] is not None,
-    }
+    """What gate and rule are set by, and what every router has."""
+    methods = GATES[fields["router_gate"]], RULES[fields["router_rule"]]
+    found = {dest_of_field(field): fields[name] for name, field in exported_fields(*methods, own=True).items()}
+    return found | {"moe_residual": fields["residual_mixture"]}
 
 
 def _check_same(fields: dict[str, Any], again: dict[str, Any], file: Path) -> None:
@@ -196,7 +187,7 @@ def _check_same(fields: dict[str, Any], again: dict[str, Any], file: Path) -> No
 def _check_slots(fields: dict[str, Any], file: Path) -> None:
     """Raises HFImportError unless `expert_slots` says for each expert which of `num_experts` slots it had."""
     slots, counts = fields["expert_slots"], fields["experts_by_layer"]
-    if slots is None and counts is None:
+    if slots is None and counts is None and not fields.get("adaptive_experts"):
         return
     valid = slots is not None and counts is not None and len(slots) == len(counts) == len(fields["moe_layers"])
     for is_moe, mine, count in zip(fields["moe_layers"], slots or (), counts or (), strict=False):

@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_dynmoe.routers.router_config import exported_fields
+
+from .moved import router_config
 from .rows import Row
 from .slots import MASK
 
@@ -37,26 +40,34 @@ def fresh(row: Row, slot: int | None, shape: tuple[int, ...], fields: dict[str, 
 
 
 def records(fields: dict[str, Any], max_added_experts: int) -> dict[tuple[int, str], Tensor]:
-    """By layer and name: which slots are active, and an adaptive router's records before anything was seen."""
-    if fields["expert_slots"] is None:
-        return {}
-    slots, width = fields["num_experts"], fields["hidden_size"]
-    buckets = 1 if max_added_experts == 1 else slots
+    """By layer and name, what routers keep: moved settings, active slots, and what is for training alone, at its start.
+
+    Args:
+        fields: of the configuration.
+        max_added_experts: of the training to come, where the number of experts adapts.
+    """
+    config = router_config(fields, **({"max_added_experts": max_added_experts} if fields["expert_slots"] else {}))
+    columns, width = fields["num_experts"] + config.zero_computation_experts, fields["hidden_size"]
+    state: dict[str, Any] = {}
+    for kind in config.controllers:
+        state |= kind(config, columns, width).state()
+    settings = exported_fields(*config.methods, own=True)
+    moved = {settings[name].name: row for name, row in (fields["moved_settings"] or {}).items()}
     found: dict[tuple[int, str], Tensor] = {}
-    for layer, active in enumerate(fields["expert_slots"]):
-        if not active:
-            continue
-        mask = torch.zeros(slots, dtype=torch.bool)
-        mask[active] = True
-        state = {
-            MASK: mask,
-            "recorded_rows_E": torch.zeros(slots, dtype=torch.int64),
-            "recorded_unrouted_B": torch.zeros(buckets, dtype=torch.int64),
-            "recorded_sums_BD": torch.zeros(buckets, width),
-            "schedule": torch.zeros(2, dtype=torch.int64),
-        }
-        found |= {(layer, f"mlp.router.{name}"): value for name, value in state.items()}
+    for layer, is_moe in enumerate(fields["moe_layers"]):
+        here = state | {name: row[layer] for name, row in moved.items()} if is_moe else {}
+        if is_moe and fields["expert_slots"]:
+            here[MASK] = torch.zeros(fields["num_experts"], dtype=torch.bool)
+            here[MASK][fields["expert_slots"][layer]] = True
+        found |= {(layer, f"mlp.router.{name}"): _tensor(value) for name, value in here.items()}
     return found
+
+
+def _tensor(value: Any) -> Tensor:
+    """As a router keeps it: numbers as float32, lists of whole numbers as int64."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    return torch.tensor(value, dtype=torch.int64 if isinstance(value, list) else torch.float32)
 
 
 def empty_states(fields: dict[str, Any], keys: Callable[[int, str, int | None], Iterator[str]]) -> dict[str, None]:

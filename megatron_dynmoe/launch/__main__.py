@@ -22,6 +22,7 @@ import time
 import uuid
 from pathlib import Path
 
+from megatron_dynmoe.errors import one_sentence
 from megatron_dynmoe.launch import outcome
 from megatron_dynmoe.launch.meeting import Beat, Host, Order, Wire
 
@@ -227,8 +228,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
+@one_sentence("launch")
 def main(argv: list[str] | None = None) -> int:
-    """Supervise until the job is over."""
+    """Supervise until the job is over; 1 with one sentence on stderr where the command cannot be started."""
     options = parse(argv)
     wire, hosting = None, True
     if options.nodes > 1:

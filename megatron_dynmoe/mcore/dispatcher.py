@@ -31,7 +31,7 @@ from megatron_dynmoe.dispatch.transport import Flight
 from megatron_dynmoe.mcore.tracker import RoutingTracker
 from megatron_dynmoe.metrics import Traffic
 from megatron_dynmoe.routing import PendingPlan
-from megatron_dynmoe.units import saving_wanted
+from megatron_dynmoe.units import saving_wanted, weight_bytes, wire_bytes
 
 
 class VariableKAllToAllDispatcher(MoETokenDispatcher):
@@ -115,9 +115,9 @@ class VariableKAllToAllDispatcher(MoETokenDispatcher):
         if isinstance(tracker, RoutingTracker) and torch.is_grad_enabled():
             _, sent = self.transport.splits
             away = sum(sent) - sent[self.ep_rank]
-            weights = 1 if self.transport.unit == "expert" else self.transport.plan.map_TE.shape[1] // self.ep_size
-            row_bytes = x_TD.shape[1] * x_TD.element_size()
-            tracker.observe_traffic(Traffic(sum(sent), away, away * (2 * row_bytes + 4 * weights)))
+            beside = weight_bytes(self.transport.unit, self.transport.plan.map_TE.shape[1] // self.ep_size)
+            size = wire_bytes(width=x_TD.shape[1], itemsize=x_TD.element_size(), beside=beside)
+            tracker.observe_traffic(Traffic(sum(sent), away, away * size))
 
     def start(self, hidden_states: Tensor, probs: Tensor) -> Flight:
         """Start the all-to-all of rows and weights; :meth:`arrive` waits for it."""

@@ -28,12 +28,13 @@ from megatron.core.transformer.moe.token_dispatcher import MoEFlexTokenDispatche
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_dynmoe.checks import refuse
 from megatron_dynmoe.config import DynMoEConfig
 from megatron_dynmoe.dispatch.align import align_rows, aligned_sizes, unalign_rows
 from megatron_dynmoe.mcore.flex_checks import NEITHER, check_layout, check_tokens, most_experts, ranks_per_node
-from megatron_dynmoe.mcore.refuse import refuse
 from megatron_dynmoe.mcore.tracker import RoutingTracker
 from megatron_dynmoe.metrics import Traffic
+from megatron_dynmoe.units import weight_bytes, wire_bytes
 
 
 class FlexDispatcher(MoEFlexTokenDispatcher):
@@ -65,13 +66,13 @@ class FlexDispatcher(MoEFlexTokenDispatcher):
         if config.moe_flex_dispatcher_backend == "deepep":
             self.most = most_experts(dynmoe, config.num_moe_experts)
             self._comm_manager = DeepEPManager(router_topk=self.tp_size * self.most, **layout)
-            self._weight_bytes = 12 * self._comm_manager.router_topk  # an index and a weight for each choice
+            self._beside = 12 * self._comm_manager.router_topk  # an index and a weight for each choice
         else:
             check_layout(self.tp_ep_group, config)
             self._watches = _is_first(self)
             self.most = config.num_moe_experts
             self._comm_manager = HybridEPManager(**layout)
-            self._weight_bytes = 4 * num_local_experts * ranks_per_node(self.tp_ep_group)
+            self._beside = weight_bytes("rank", num_local_experts) * ranks_per_node(self.tp_ep_group)
 
     def dispatch_preprocess(self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         """Look at the number of tokens, count the rows, and hand map and weights to the library's manager."""
@@ -90,8 +91,9 @@ class FlexDispatcher(MoEFlexTokenDispatcher):
             pairs_R = map_TE.view(len(map_TE), self.ep_size, -1).any(dim=-1).sum(dim=0)
             rows = pairs_R.sum() * self.tp_size
             away = rows - pairs_R[self.ep_rank]
-            row_bytes = hidden_states.shape[-1] * hidden_states.element_size()
-            tracker.observe_traffic(Traffic(rows, away, away * (2 * row_bytes + self._weight_bytes)))
+            width, itemsize = hidden_states.shape[-1], hidden_states.element_size()
+            size = wire_bytes(width=width, itemsize=itemsize, beside=self._beside)
+            tracker.observe_traffic(Traffic(rows, away, away * size))
 
     def token_dispatch(
         self,

@@ -19,8 +19,9 @@ import torch.distributed as dist
 from megatron.core.transformer.moe import token_dispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_dynmoe.checks import refuse
 from megatron_dynmoe.config import DynMoEConfig
-from megatron_dynmoe.mcore.refuse import refuse
+from megatron_dynmoe.routers import RULES
 
 NEITHER = "choose another, or set --moe-token-dispatcher-type alltoall"
 DTYPES = (torch.bfloat16,)  # the tests' stand-in also moves float32
@@ -54,8 +55,9 @@ def most_experts(dynmoe: DynMoEConfig, experts: int) -> int:
     bounds = [experts]
     if dynmoe.max_experts_per_token is not None:
         bounds.append(dynmoe.max_experts_per_token)
-    if dynmoe.rule == "top-k":
-        bounds.append(dynmoe.topk)
+    rule = RULES[dynmoe.rule]
+    if rule.most is not None:
+        bounds.append(rule.most(dynmoe))
     return min(bounds)
 
 

@@ -11,7 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_dynmoe.config import DynMoEConfig
-from megatron_dynmoe.mcore.config import check_config
+from megatron_dynmoe.mcore.checks import check_config
 from megatron_dynmoe.mcore.dispatcher import VariableKAllToAllDispatcher
 from megatron_dynmoe.mcore.experts import TorchGroupedMLP
 from megatron_dynmoe.mcore.flex import FlexDispatcher
@@ -35,7 +35,7 @@ class DynMoELayer(MoELayer):
         dynmoe: what ``submodules.router`` was built with; checked against ``config``.
 
     Raises:
-        ConfigError: a combination that cannot work; see :func:`megatron_dynmoe.mcore.config.check_config`.
+        ConfigError: a combination that cannot work; see :func:`megatron_dynmoe.mcore.checks.check_config`.
     """
 
     def __init__(
@@ -154,7 +154,7 @@ class DynMoELayer(MoELayer):
         It runs between the start and the end of the dispatch. Override to add to it.
         """
         if self.free_experts is not None:
-            self._free = self.free_experts(self._expert_input(hidden_states), self.router.free_weights_TZ)
+            self._free = self.free_experts(self._expert_input(hidden_states), self.router.weights_TZ)
         return super().shared_experts_compute(hidden_states)
 
     def shared_experts_compute(self, hidden_states: Tensor) -> Tensor | None:
@@ -180,7 +180,7 @@ class DynMoELayer(MoELayer):
         if self._defers:
             shared_expert_output, self._local = self._local, None
         elif self.free_experts is not None:
-            self._free = self.free_experts(self._expert_input(hidden), self.router.free_weights_TZ)
+            self._free = self.free_experts(self._expert_input(hidden), self.router.weights_TZ)
         free, self._free = self._free, None
         if isinstance(self.token_dispatcher, VariableKAllToAllDispatcher):
             self.token_dispatcher.onto, free = free, None

@@ -9,19 +9,21 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
-from megatron.core.transformer.moe.router import Router
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_dynmoe.config import DynMoEConfig
-from megatron_dynmoe.losses import Totals, has_losses, router_losses
-from megatron_dynmoe.mcore.config import balances
+from megatron_dynmoe.losses import Totals
+from megatron_dynmoe.mcore.checks import balances
+from megatron_dynmoe.mcore.controlled import ControlledRouter
 from megatron_dynmoe.mcore.tracker import RoutingTracker
 from megatron_dynmoe.routers import GATES, RULES, route
-from megatron_dynmoe.routing import Routing
+from megatron_dynmoe.routers.auxiliary import losses_of, router_losses
+from megatron_dynmoe.routers.registry import Routed
+from megatron_dynmoe.routers.routing import Routing
 
 
-class DynamicRouter(Router):
+class DynamicRouter(ControlledRouter):
     """Routes with ``dynmoe``'s gate, rule and bounds; the weight is named and shaped as megatron-core's router's.
 
     Losses are computed over a micro-batch of one data-parallel rank, as megatron-core does: under sequence and context
@@ -42,9 +44,10 @@ class DynamicRouter(Router):
         # No gate has a bias. megatron-core's router has one unless --disable-bias-linear; here it would never be used.
         self.bias = None
         self._add_learned()
+        self.add_controllers()
         # The previous MoE layer's logits, set by the layer for each pass; and what the layer reads of this pass.
         self.previous_TC: Tensor | None = None
-        self.free_weights_TZ: Tensor | None = None
+        self.weights_TZ: Tensor | None = None
         self.logits_TC: Tensor | None = None
         self.on_map: Callable[[Tensor], None] | None = None  # told of the map before losses and statistics are computed
 
@@ -89,11 +92,6 @@ class DynamicRouter(Router):
 
         return super()._apply(keep if self.keep_float32 else fn, recurse)
 
-    @property
-    def active_E(self) -> Tensor | None:
-        """bool [E], the experts there are to choose from; ``None``: all."""
-        return None
-
     def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Route [S, B, D] hidden states.
 
@@ -107,7 +105,7 @@ class DynamicRouter(Router):
         self._follow(input)
         x_TD = self._jitter(input).reshape(-1, input.shape[-1])
         routing = self.routing(x_TD)
-        self.free_weights_TZ, self.logits_TC = routing.free_weights_TZ, routing.logits_TC
+        self.weights_TZ, self.logits_TC = routing.weights_TZ, routing.logits_TC
         if self.on_map is not None:
             self.on_map(routing.map_TE)
         valid_T = None if padding_mask is None else ~padding_mask.reshape(-1)
@@ -131,7 +129,7 @@ class DynamicRouter(Router):
 
     def forget(self) -> None:
         """Let go of what the layer has read of this pass: it would keep the pass's whole graph alive."""
-        self.free_weights_TZ = self.logits_TC = None
+        self.weights_TZ = self.logits_TC = None
 
     def routing(self, x_TD: Tensor) -> Routing:
         """The routing decision; override to route another way."""
@@ -144,15 +142,6 @@ class DynamicRouter(Router):
             previous_TC=self.previous_TC,
             training=self.training,
         )
-
-    def record(self, x_TD: Tensor, routing: Routing, valid_T: Tensor | None) -> None:
-        """Called once for each training token's routing, for routers that remember; here nothing.
-
-        Args:
-            x_TD: the router's input.
-            routing: of these tokens.
-            valid_T: bool, False for padding; ``None``: all are valid.
-        """
 
     @property
     def layer_index(self) -> int:
@@ -185,11 +174,12 @@ class DynamicRouter(Router):
 
     def _attach_losses(self, routing: Routing, valid_T: Tensor | None) -> Tensor:
         """Weighted losses, logged per layer, attached to the weights so that backward reaches them."""
-        if not has_losses(self.dynmoe):
+        if not losses_of(self.dynmoe):
             return routing.weights_TE
-        counted = routing if valid_T is None else routing.only(valid_T)
+        counted = routing if valid_T is None else routing.select(valid_T)
         totals = self._totals(counted.map_TC, valid_T)
-        losses = router_losses(counted, self.dynmoe, totals, self.weight, self.active_E)
+        parameters = {name: getattr(self, name) for name in self.learned}
+        losses = router_losses(Routed(counted, self.dynmoe, totals, self.weight, parameters, self.active_E))
         for name, (_, loss) in losses.items():
             self._log(name, loss)
         total = sum(coeff * loss for coeff, loss in losses.values()) / self._applications

@@ -1,4 +1,4 @@
-"""Weights of one expert slot, and what the optimizer keeps beside them, under every expert backend and optimizer.
+"""What a controller may do to a layer's experts: their weights, and what the optimizer keeps beside them.
 
 An optimizer holds float32 copies of weights (mixed precision), or of this rank's share of them (distributed optimizer),
 and moments for each.  What changes a weight from outside has to change all of them.
@@ -6,11 +6,12 @@ and moments for each.  What changes a weight from outside has to change all of t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 from megatron.core.transformer.moe.experts import SequentialMLP
@@ -44,6 +45,64 @@ class Slice:
         return begin, begin + size
 
 
+class LayerExperts:
+    """:class:`megatron_dynmoe.routers.controller.Experts` over a layer, under every expert backend and optimizer.
+
+    Args:
+        layer: a dynamic MoE layer.
+        optimizer: Megatron's, or ``None``.
+        seed: of new weights.
+        gather: makes the weights of the model whole where they are stale after a step.
+    """
+
+    def __init__(self, layer: Any, optimizer: Any, *, seed: int, gather: Callable[[], None]) -> None:
+        self.layer, self.optimizer, self.seed, self._gather = layer, optimizer, seed, gather
+
+    def parameter(self, name: str) -> Tensor:
+        """What the router learns under ``name``, whole and as it stands; read only."""
+        self._gather()
+        return getattr(self.layer.router, name).detach()
+
+    def write(self, name: str, slot: int, value: Tensor) -> None:
+        """Set a row of what the router learns under ``name``; what the optimizer keeps for it starts again."""
+        self._gather()
+        write(self.optimizer, Slice(getattr(self.layer.router, name), slot), value, reset=True)
+
+    def fresh(self, slot: int, number: int) -> None:
+        """New weights, drawn whole on the CPU so that they do not depend on the layout."""
+        self._gather()
+        layer = self.layer
+        local = slot - layer.ep_group.rank() * layer.num_local_experts
+        if not 0 <= local < layer.num_local_experts:
+            return
+        config, rank, place = layer.config, layer.experts.tp_group.rank(), layer.router.layer_index + 1
+        halves = 2 if config.gated_linear_unit else 1
+        width, inner = config.hidden_size, config.moe_ffn_hidden_size
+        with torch.random.fork_rng(devices=[]):  # torch.manual_seed would seed CUDA too, and on this rank alone
+            torch.default_generator.manual_seed(((self.seed * 1_000_003 + number) * 1009 + place) * 1009 + slot)
+            fc1, fc2 = torch.empty(halves * inner, width, device="cpu"), torch.empty(width, inner, device="cpu")
+            config.init_method(fc1)
+            config.output_layer_init_method(fc2)
+        weights = expert_weights(layer.experts, local)
+        share = slice(rank * weights[1].data.shape[1], (rank + 1) * weights[1].data.shape[1])
+        fc1 = fc1.view(halves, inner, width)[:, share].reshape(weights[0].data.shape)
+        for where, value in zip(weights, (fc1, fc2[:, share]), strict=True):
+            write(self.optimizer, where, value.to(where.data.device), reset=True)
+
+    def copy(self, slot: int, source: int) -> None:
+        """The weights of expert ``source``, which may be on another rank."""
+        self._gather()
+        group, local = self.layer.ep_group, self.layer.num_local_experts
+        mine = group.rank()
+        for part in range(2):
+            like = expert_weights(self.layer.experts, source % local)[part].data
+            weight = like.clone() if mine == source // local else torch.empty_like(like)
+            if slot // local != source // local:
+                dist.broadcast(weight, src=dist.get_global_rank(group, source // local), group=group)
+            if mine == slot // local:
+                write(self.optimizer, expert_weights(self.layer.experts, slot % local)[part], weight, reset=True)
+
+
 def expert_weights(experts: Any, slot: int) -> tuple[Slice, Slice]:
     """The first and the second weight of local expert ``slot``: [2F or F, D] and [D, F], this rank's share."""
     if isinstance(experts, TorchGroupedMLP):
@@ -55,8 +114,12 @@ def expert_weights(experts: Any, slot: int) -> tuple[Slice, Slice]:
     return Slice(weights[0]), Slice(weights[1])
 
 
-def check_optimizer(optimizer: Any) -> None:
+def check_optimizer(optimizer: Any, flag: str = "--moe-adaptive-experts") -> None:
     """Refuse optimizers whose copies of the weights cannot be reached, or that would save one for another.
+
+    Args:
+        optimizer: Megatron's.
+        flag: that asks for a controller which writes.
 
     Raises:
         ConfigError: naming the optimizer.
@@ -68,9 +131,7 @@ def check_optimizer(optimizer: Any) -> None:
         if not known or hiding:
             kind = "--" + hiding[0].replace("_", "-") if hiding else type(leaf).__name__
             what = f"changes weights and optimizer state, which {kind} keeps out of reach"
-            raise ConfigError(
-                f"--moe-adaptive-experts {what}; accepted: Adam or SGD, plain or with --use-distributed-optimizer."
-            )
+            raise ConfigError(f"{flag} {what}; accepted: Adam or SGD, plain or with --use-distributed-optimizer.")
         if isinstance(leaf, DistributedOptimizer) and not all(_by_number(leaf, p) is main for p, main in _shares(leaf)):
             raise ConfigError(
                 "--use-distributed-optimizer was built without megatron_dynmoe.host.enable(), and would save float32 "

@@ -13,10 +13,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_dynmoe.config import ConfigError, DynMoEConfig
-from megatron_dynmoe.mcore.adaptive_router import AdaptiveRouter
 from megatron_dynmoe.mcore.carry import CarryingTransformerLayer
 from megatron_dynmoe.mcore.experts import TorchGroupedMLP, why_not_torch
-from megatron_dynmoe.mcore.fp8_config import recipe_of
+from megatron_dynmoe.mcore.fp8_checks import recipe_of
 from megatron_dynmoe.mcore.fp8_experts import Fp8GroupedMLP
 from megatron_dynmoe.mcore.fp8_state import pass_by_scales
 from megatron_dynmoe.mcore.layer import DynMoELayer
@@ -90,7 +89,7 @@ def _rewrite(submodules: Any, dynmoe: DynMoEConfig, fused_norm: bool | None) -> 
     ours = MoESubmodules(
         experts=partial(build_experts, stock=stock.experts, dynmoe=dynmoe),
         shared_experts=stock.shared_experts,
-        router=partial(AdaptiveRouter if dynmoe.adaptive_experts else DynamicRouter, dynmoe=dynmoe),
+        router=partial(DynamicRouter, dynmoe=dynmoe),
     )
     submodules.mlp = partial(DynMoELayer, submodules=ours, dynmoe=dynmoe)
     if fused_norm is not None:

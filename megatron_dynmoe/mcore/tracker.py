@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
 from torch import Tensor
 
 from megatron_dynmoe.metrics import RoutingStats, RoutingSummary, Traffic
-from megatron_dynmoe.routing import Routing
+from megatron_dynmoe.routers.routing import Routing
 
 # Called on every rank at the end of an interval: (iteration, iterations counted, summary, the training loop's sums) ->
 # further scalars.
 IntervalHook = Callable[[int, int, RoutingSummary, dict[str, Any]], dict[str, float]]
+
+
+class StepHook(Protocol):
+    """Called at the end of an iteration."""
+
+    def __call__(self, iteration: int, *, taken: bool) -> None:
+        """``taken``: the optimizer took its step."""
 
 
 class RoutingTracker(MoEMetricsTracker):
@@ -29,7 +36,8 @@ class RoutingTracker(MoEMetricsTracker):
         log_interval: iterations between reports.
         loss_names: losses to report besides those that the training loop asks for.
         on_interval: see :data:`IntervalHook`.
-        on_step: called on every rank after the optimizer's step of each iteration, before evaluation and saving.
+        on_step: called on every rank after each iteration, before evaluation and saving; ``taken`` says whether the
+            optimizer took its step.
     """
 
     def __init__(
@@ -42,7 +50,7 @@ class RoutingTracker(MoEMetricsTracker):
         log_interval: int = 1,
         loss_names: tuple[str, ...] = (),
         on_interval: IntervalHook | None = None,
-        on_step: Callable[[int], None] | None = None,
+        on_step: StepHook | None = None,
     ) -> None:
         super().__init__()
         self.stats = RoutingStats(num_layers, num_experts, free)
@@ -50,6 +58,7 @@ class RoutingTracker(MoEMetricsTracker):
         self.iteration: int | None = None  # the last one reported
         # Iterations in the counts. Megatron's own sums differ: it logs the first iteration of a run and does not reset.
         self.iterations = 0
+        self._counted = (0, 0)  # iterations with and without a step, of Megatron's sums
         self.copies, self.log_interval = copies, log_interval
         self.loss_names, self.on_interval, self.on_step = loss_names, on_interval, on_step
 
@@ -65,8 +74,10 @@ class RoutingTracker(MoEMetricsTracker):
         """megatron-core's report of the losses; at the end of an interval, ours of the routing as well."""
         self.iteration = iteration
         self.iterations += 1
+        sums = kwargs.get("total_loss_dict") or {}
+        taken = self._taken(sums)
         if self.on_step is not None:
-            self.on_step(iteration)
+            self.on_step(iteration, taken=taken)
         names = list(kwargs.get("track_names") or [])
         kwargs["track_names"] = names + [name for name in self.loss_names if name not in names]
         text = super().report(loss_scale, iteration, *args, **kwargs)
@@ -75,7 +86,6 @@ class RoutingTracker(MoEMetricsTracker):
         summary = self.stats.reduce(divide_by=self.copies)
         scalars = summary.scalars()
         if self.on_interval is not None:
-            sums = kwargs.get("total_loss_dict") or {}
             scalars |= self.on_interval(iteration, self.iterations, summary, sums)
         self.iterations = 0
         self._log_scalars(scalars, iteration, kwargs.get("writer"), kwargs.get("wandb_writer"))
@@ -83,3 +93,14 @@ class RoutingTracker(MoEMetricsTracker):
             layers = {f"moe/experts_per_token_layer_{i}": k for i, k in summary.experts_per_token_by_layer.items()}
             self._log_scalars(layers, iteration, kwargs.get("writer"), kwargs.get("wandb_writer"))
         return text + "".join(f" {name.replace('_', ' ')}: {value:.4g} |" for name, value in scalars.items())
+
+    def _taken(self, sums: dict[str, Any]) -> bool:
+        """Whether the optimizer took the step of this iteration.
+
+        Megatron counts (training.py:2601) where it has learned that every model-parallel rank did, and sets the counts
+        back at the end of a log interval, but for the first iteration of a run.
+        """
+        advanced, skipped = sums.get("advanced iterations", 1), sums.get("skipped iterations", 0)
+        before, self._counted = self._counted, (advanced, skipped)
+        went_on = advanced + skipped == sum(before) + 1
+        return skipped == (before[1] if went_on else 0)

@@ -2,6 +2,7 @@
 
     shapes     the model, the cluster, and the layouts that fit both
     histogram  which experts tokens visit: uniform, Zipf, or measured in a run
+    draws      the loads and the draws behind it
     wire       rows and bytes between ranks; exact for exact counts, expected for expected ones
     memory     what one GPU holds
     timing     what one step takes, part by part

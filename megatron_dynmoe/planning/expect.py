@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_dynmoe.checks import check_division
 from megatron_dynmoe.planning.flags import add_model_flags, model_of
 from megatron_dynmoe.planning.fresh import fresh_k, fullest_k
 from megatron_dynmoe.planning.histogram import Histogram
@@ -74,7 +75,7 @@ def layout_of(args: Namespace, model: Model, cluster: Cluster) -> Layout:
     stage = world // pipeline
     name = "--expert-model-parallel-size"
     require(stage % expert == 0, name, expert, f"a divisor of the {stage} GPUs of a stage")
-    require(model.experts % expert == 0, name, expert, f"a divisor of the {model.experts} experts")
+    check_division(model.experts, expert, name, PlanError)
     require(model.layers % pipeline == 0, "--pipeline-model-parallel-size", pipeline, f"a divisor of {model.layers}")
     data = stage // tensor
     per_round = model.micro_batch * data

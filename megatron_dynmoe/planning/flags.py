@@ -12,12 +12,12 @@ import json
 import re
 import shlex
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
 
-from megatron_dynmoe.config import ConfigError, DynMoEConfig, dest_of, flag_of, preset_fields
+from megatron_dynmoe.config import ConfigError, DynMoEConfig, dest_of, flag_of
 from megatron_dynmoe.planning.shapes import Model, PlanError, require
+from megatron_dynmoe.routers.router_config import all_fields
 
 # Those of Megatron's flags that say what memory, rows or time depend on; names and defaults are Megatron's.
 _NUMBERS = {
@@ -81,7 +81,7 @@ def add_model_flags(parser: ArgumentParser) -> None:
     for name in LAYOUT:
         group.add_argument(_flag(name), type=int, default=None)
     group.add_argument("--moe-preset", default=None)
-    for entry in fields(DynMoEConfig):  # unset, the preset's value holds
+    for entry in all_fields(DynMoEConfig):  # unset, the preset's value holds
         kind = (get_args(entry.type) or (entry.type,))[0]  # of `int | None`, int
         reading: dict[str, Any] = {"action": BooleanOptionalAction} if kind is bool else {"type": kind}
         group.add_argument(flag_of(entry.name), dest=dest_of(entry.name), default=None, **reading)
@@ -150,28 +150,21 @@ def model_of(args: Namespace) -> Model:
     if args.hidden_size % args.num_attention_heads and args.kv_channels is None:
         heads = args.num_attention_heads
         raise PlanError(f"--hidden-size is {args.hidden_size}; accepted: a multiple of the {heads} heads.")
-    return Model(
-        moe=moe_layers(args.moe_layer_freq, args.num_layers),
-        width=args.hidden_size,
-        heads=args.num_attention_heads,
-        head_width=args.kv_channels or args.hidden_size // args.num_attention_heads,
-        query_groups=args.num_query_groups if args.group_query_attention else args.num_attention_heads,
-        dense_width=ffn,
-        expert_width=args.moe_ffn_hidden_size or ffn,
-        experts=args.num_experts,
-        shared_width=args.moe_shared_expert_intermediate_size,
+    routing = _routing(args)
+    sizes = Namespace(**vars(args))
+    sizes.ffn_hidden_size, sizes.moe_layer_freq = ffn, moe_layers(args.moe_layer_freq, args.num_layers)
+    return Model.from_args(
+        sizes,
         vocabulary=args.vocab_size,
         vocabulary_multiple=args.make_vocab_size_divisible_by,
-        gated=args.swiglu,
-        tied=not args.untie_embeddings_and_output_weights,
+        router_extra=routing.parameters_beside(args.num_experts, args.hidden_size),
         sequence=args.seq_length,
         micro_batch=args.micro_batch_size,
         global_batch=args.global_batch_size,
         itemsize=2 if args.bf16 or args.fp16 else 4,
         recompute=args.recompute_granularity == "full",
-        routing=_routing(args),
+        routing=routing,
         init_std=args.init_method_std,
-        query_key_norms=args.qk_layernorm,
         fused=args.moe_permute_fusion,
         torch_kernels=args.transformer_impl == "local",
         fp8=args.fp8_format is not None,
@@ -183,10 +176,10 @@ def model_of(args: Namespace) -> Model:
 
 
 def _routing(args: Namespace) -> DynMoEConfig:
-    given = {entry.name: getattr(args, dest_of(entry.name)) for entry in fields(DynMoEConfig)}
+    given = {entry.name: getattr(args, dest_of(entry.name)) for entry in all_fields(DynMoEConfig)}
     try:
-        values = preset_fields(args.moe_preset) if args.moe_preset else {}
-        return DynMoEConfig(**values | {name: value for name, value in given.items() if value is not None})
+        said = {name: value for name, value in given.items() if value is not None}
+        return DynMoEConfig.from_preset(args.moe_preset, **said) if args.moe_preset else DynMoEConfig(**said)
     except ConfigError as error:
         raise PlanError(str(error)) from None
 

@@ -2,25 +2,37 @@
 
 A new router is flat: its logits are so small that all experts are about as probable, and a rule that collects
 probability takes many of them.  Training makes them few.  A norm stands before the router, so its input has length
-sqrt(D), and weights of standard deviation s make each logit an independent normal number of deviation s sqrt(D).
-That is all a rule sees, so k at the start is a mean over such draws, of any model's width, without a model.
+sqrt(D).  That is all that a router sees of the model: new ones are drawn here, and route random inputs of that length,
+whatever gate and rule they have.
 """
 
 from __future__ import annotations
 
 import math
-import random
-from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from threading import Lock
 
-from megatron_dynmoe.planning.shapes import TANH_UNITS, Model
+import torch
 
-TOKENS = 2000  # the mean of k is then within a few thousandths
+from megatron_dynmoe.config import DynMoEConfig
+from megatron_dynmoe.planning.shapes import Model
+from megatron_dynmoe.routers import route
+from megatron_dynmoe.routers.fresh import draw
+
+ROUTERS, TOKENS = 8, 512  # the mean of k is then within a few hundredths; routers differ more than tokens
 SEED = 0
+DRAWING = Lock()  # several models may be planned at once, and torch's generator is one for all
 
 
 def fresh_k(model: Model) -> float:
     """Mean FFN experts a token visits at the start of training."""
-    return _bounded(model, active=model.routing.initial_experts or model.experts)
+    active = model.experts
+    for kind in model.routing.controllers:
+        controller = kind(model.routing, model.columns, model.width)
+        mask_E = controller.active({name: torch.as_tensor(value) for name, value in controller.state().items()})
+        active = active if mask_E is None else int(mask_E.sum())
+    return _bounded(model, active=active)
 
 
 def fullest_k(model: Model) -> float:
@@ -30,14 +42,8 @@ def fullest_k(model: Model) -> float:
 
 def _bounded(model: Model, *, active: int) -> float:
     routing, tokens = model.routing, model.sequence * model.micro_batch
-    columns = active + routing.zero_computation_experts
-    cap = routing.max_experts_per_token or columns
-    dice, count = random.Random(SEED), _counter(model)
-    if routing.rule == "top-k":  # the same for every token
-        chosen = float(min(routing.topk, cap, columns))
-    else:
-        chosen = sum(min(count(dice, columns), cap) for _ in range(TOKENS)) / TOKENS
-    mean = chosen * active / columns  # columns are alike, so FFN experts get their share
+    unbounded = replace(routing, max_rows=None, max_rows_per_token=None, capacity_gamma=None)
+    mean = _mean_k(unbounded, active + routing.zero_computation_experts, model.width, model.init_std)
     if routing.max_rows_per_token is not None:
         mean = min(mean, max(routing.max_rows_per_token, 1.0))
     if routing.max_rows is not None:
@@ -45,27 +51,13 @@ def _bounded(model: Model, *, active: int) -> float:
     return mean
 
 
-def _counter(model: Model) -> Callable[[random.Random, int], int]:
-    """How many columns one token chooses, by gate and rule."""
-    routing = model.routing
-    deviation = model.init_std * math.sqrt(model.width)
-    if routing.gate == "tanh":  # the outputs of a layer of H tanh units; tanh(z)^2 is at most z^2
-        deviation = model.init_std * math.sqrt(TANH_UNITS * model.columns) * min(deviation, 1.0)
-    if routing.gate == "cosine":  # between a random direction and another one
-        deviation = routing.cosine_scale / math.sqrt(model.width)
-
-    def top_any(dice: random.Random, columns: int) -> int:
-        return sum(dice.gauss(0, deviation) > 0 for _ in range(columns))  # thresholds begin at 0
-
-    def top_p(dice: random.Random, columns: int) -> int:
-        logits = [dice.gauss(0, deviation) for _ in range(columns)]
-        scores = [1 / (1 + math.exp(-z)) if routing.gate == "cosine" else math.exp(z) for z in logits]
-        wanted = routing.top_p * (1.0 if routing.gate == "cosine" else sum(scores))
-        before, count = 0.0, 0
-        for score in sorted(scores, reverse=True):
-            if count and before > wanted:
-                break
-            before, count = before + score, count + 1
-        return count
-
-    return top_any if routing.rule == "top-any" else top_p
+@cache
+def _mean_k(routing: DynMoEConfig, columns: int, width: int, std: float) -> float:
+    rows = 0
+    with DRAWING, torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.default_generator.manual_seed(SEED)
+        for _ in range(ROUTERS):
+            weight, parameters = draw(routing, columns, width, std)
+            x_TD = torch.nn.functional.normalize(torch.randn(TOKENS, width), dim=-1) * math.sqrt(width)
+            rows += int(route(x_TD, weight, routing, parameters=parameters).map_TE.sum())
+    return rows / (ROUTERS * TOKENS)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_dynmoe.planning.shapes import TANH_UNITS, Layout, Model
+from megatron_dynmoe.planning.kept import router_bytes
+from megatron_dynmoe.planning.shapes import Layout, Model
 
 
 @dataclass(frozen=True)
@@ -24,14 +25,12 @@ def parameters(model: Model, layout: Layout, stage: int) -> Parameters:
     """
     layers = layout.stage(model, stage)
     moe = sum(model.moe[layer] for layer in layers)
-    dense_part = model.matrices * model.width * model.dense_width
-    shared_part = model.matrices * model.width * model.shared_width
-    split = len(layers) * model.attention + (len(layers) - moe) * dense_part + moe * shared_part
+    split = len(layers) * model.attention + moe * model.feed_forward(model.shared_width)
+    split += (len(layers) - moe) * model.feed_forward(model.dense_width)
     first, last = stage == 0, stage == layout.pipeline - 1
     copies = int(first) + int(last and not (first and model.tied))
     split += copies * model.padded_vocabulary(layout.tensor) * model.width
-    norms = 2 * (model.width + model.head_width * model.query_key_norms)
-    replicated = len(layers) * norms + moe * model.columns * model.width + (model.width if last else 0)
+    replicated = len(layers) * model.norms + moe * model.router + (model.width if last else 0)
     return Parameters(
         dense=split // layout.tensor + replicated,
         experts=moe * model.experts // layout.expert * model.per_expert,
@@ -105,16 +104,10 @@ def moe_token_bytes(model: Model) -> int:
     """
     routing, columns = model.routing, model.columns
     free = routing.zero_computation_experts
-    inputs = 2 if free and (routing.gating_residual or routing.expert_input_scale != 1) else 1
-    # float32 values of each column (4), maps (1)
-    kept = 13 if routing.gate == "cosine" else 5  # scores and map; cosine: logits and margins as well
-    kept += 4 * TANH_UNITS if routing.gate == "tanh" else 0
-    kept += 4 if routing.entropy_coeff else 0
-    kept += 4 if routing.normalize_weights else 0
-    kept += 5 if routing.drop_zero_weight else 0
-    kept += 4 if routing.gating_residual else 0  # the previous layer's logits
-    kept += 4 if free else 0  # their weights
-    return inputs * model.width * model.itemsize + kept * columns + 4 * routing.constant_experts
+    inputs = 1 if free and (routing.gating_residual or routing.expert_input_scale != 1) else 0
+    weights = 4 * columns if free else 0  # of zero-computation experts
+    kept = router_bytes(routing, columns, model.width, model.itemsize)
+    return inputs * model.width * model.itemsize + kept + weights + 4 * routing.constant_experts
 
 
 def row_bytes(model: Model, *, fp8: bool = False) -> int:

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from megatron_dynmoe.checks import divisors
 from megatron_dynmoe.config import DynMoEConfig
 from megatron_dynmoe.errors import UserError
-
-TANH_UNITS = 8  # of the router's hidden layer under gate "tanh", for each column (routers/tanh.py)
+from megatron_dynmoe.model_shape import ModelShape
 
 
 class PlanError(UserError):
@@ -24,48 +24,30 @@ def require(accepted: bool, name: str, value: Any, wanted: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Model:
-    """A LLaMA-style MoE model (RMSNorm, no biases, rotary positions, flash attention) and its batches.
+class Model(ModelShape):
+    """A model and its batches; its vocabulary is the one before padding.
 
     Attributes:
-        moe: for each layer, whether it has experts.
-        width: D. heads, head_width, query_groups: attention.
-        dense_width: of the dense feed-forward part. expert_width: F. experts: E. shared_width: of the shared expert.
-        vocabulary: before padding; vocabulary_multiple: padded to a multiple of this times TP, as Megatron does
+        vocabulary_multiple: the vocabulary is padded to a multiple of this times TP, as Megatron does
             (training/vocab_utils.py).
-        gated: SwiGLU (three matrices) or two. tied: output layer shares the embedding.
         sequence: tokens of a sequence. micro_batch, global_batch: sequences.
         itemsize: bytes of an element in the model's dtype: 2 or 4.
         recompute: full recompute: only each layer's input is kept.
         routing: gate, rule and bounds of the routers. init_std: ``--init-method-std``, of their weights.
-        query_key_norms: queries and keys are normed (``--qk-layernorm``).
         fused: (token, expert) rows are permuted by Transformer Engine (``--moe-permute-fusion``).
         torch_kernels: norms and rotary positions by torch (``--transformer-impl local``), which keep more.
         fp8: the experts compute in FP8 by Transformer Engine. wide_ends: but for the first and the last so many layers
             (``--first-last-layers-bf16``). fp8_weights: weights are kept in it too (``--fp8-param-gather``).
     """
 
-    moe: tuple[bool, ...]
-    width: int
-    heads: int
-    head_width: int
-    query_groups: int
-    dense_width: int
-    expert_width: int
-    experts: int
-    vocabulary: int
     sequence: int
     micro_batch: int
     global_batch: int
-    shared_width: int = 0
     vocabulary_multiple: int = 128
-    gated: bool = True
-    tied: bool = False
     itemsize: int = 2
     recompute: bool = False
     routing: DynMoEConfig = field(default_factory=DynMoEConfig)
     init_std: float = 0.02
-    query_key_norms: bool = False
     fused: bool = False
     torch_kernels: bool = False
     fp8: bool = False
@@ -76,18 +58,13 @@ class Model:
         for entry in fields(self):
             value = getattr(self, entry.name)
             if entry.type == "int":
-                least = 0 if entry.name == "shared_width" else 1
+                least = 0 if entry.default == 0 else 1
                 require(isinstance(value, int) and value >= least, entry.name, value, f"at least {least}")
         require(len(self.moe) > 0, "layers", 0, "at least 1")
         require(any(self.moe), "moe_layer_freq", "[0, ...]", "a pattern with at least one MoE layer")
         require(self.heads % self.query_groups == 0, "query_groups", self.query_groups, f"a divisor of {self.heads}")
         wanted = f"a multiple of the micro batch, {self.micro_batch}"
         require(self.global_batch % self.micro_batch == 0, "global_batch", self.global_batch, wanted)
-
-    @property
-    def layers(self) -> int:
-        """Transformer layers."""
-        return len(self.moe)
 
     def in_fp8(self, layer: int) -> bool:
         """Whether the experts of ``layer`` compute in FP8."""
@@ -98,21 +75,6 @@ class Model:
     def columns(self) -> int:
         """C: columns of the router, those of zero-computation experts included."""
         return self.experts + self.routing.zero_computation_experts
-
-    @property
-    def matrices(self) -> int:
-        """Matrices of one feed-forward part."""
-        return 3 if self.gated else 2
-
-    @property
-    def attention(self) -> int:
-        """Parameters of one attention part: queries, keys, values and the projection back."""
-        return 2 * self.width * self.head_width * (self.heads + self.query_groups)
-
-    @property
-    def per_expert(self) -> int:
-        """Parameters of one expert."""
-        return self.matrices * self.width * self.expert_width
 
     def padded_vocabulary(self, tensor: int) -> int:
         """Vocabulary as the embedding of ``tensor`` ranks stores it."""
@@ -208,10 +170,6 @@ class Layout:
         ]
 
 
-def _divisors(number: int) -> list[int]:
-    return [value for value in range(1, number + 1) if number % value == 0]
-
-
 def _micro_batches(model: Model, world: int, tensor: int, pipeline: int) -> int:
     """Micro-batches of a step; 0 if the batch does not divide."""
     per_round = model.micro_batch * (world // (tensor * pipeline))
@@ -226,11 +184,11 @@ def layouts(model: Model, cluster: Cluster) -> Iterator[Layout]:
     """
     dense_width = 0 if all(model.moe) else model.dense_width
     split = math.gcd(model.heads, model.query_groups, model.sequence, dense_width, model.shared_width)
-    for tensor in _divisors(math.gcd(split, cluster.gpus)):
-        for pipeline in _divisors(math.gcd(model.layers, cluster.world // tensor)):
+    for tensor in divisors(math.gcd(split, cluster.gpus)):
+        for pipeline in divisors(math.gcd(model.layers, cluster.world // tensor)):
             count = _micro_batches(model, cluster.world, tensor, pipeline)
             if not count:
                 continue
             data = cluster.world // (tensor * pipeline)
-            for expert in _divisors(math.gcd(model.experts, tensor * data)):
+            for expert in divisors(math.gcd(model.experts, tensor * data)):
                 yield Layout(tensor=tensor, pipeline=pipeline, expert=expert, data=data, micro_batches=count)

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from megatron_dynmoe.planning.histogram import LayerRouting
 from megatron_dynmoe.planning.memory import parameters
 from megatron_dynmoe.planning.shapes import Cluster, Layout, Model
-from megatron_dynmoe.planning.wire import Wire, priced, round_trip_bytes, rows_by_rank, weight_bytes
-from megatron_dynmoe.units import cheaper_unit, saving_wanted
+from megatron_dynmoe.planning.wire import Wire, priced, rows_by_rank
+from megatron_dynmoe.units import cheaper_unit, saving_wanted, weight_bytes, wire_bytes
 
 UNITS = ("expert", "rank")
 
@@ -39,10 +39,9 @@ class LayerTraffic:
 
     @property
     def unit(self) -> str:
-        """What "auto" chooses: the rule of ``dispatch.choose_unit``, which compares bytes of all rows."""
-        if len(self.computed) == 1:
-            return "expert"
-        return cheaper_unit(self.dispatched["rank"], self.dispatched["expert"], self.saving)
+        """What "auto" chooses, as ``dispatch.choose_unit`` does: bytes of all rows are compared."""
+        sizes = self.dispatched
+        return cheaper_unit(sizes["rank"], sizes["expert"], self.saving, ranks=len(self.computed))
 
 
 def layer_traffic(model: Model, cluster: Cluster, layout: Layout, routing: LayerRouting) -> LayerTraffic:
@@ -58,7 +57,8 @@ def layer_traffic(model: Model, cluster: Cluster, layout: Layout, routing: Layer
     for unit in UNITS:
         rows_R = [tokens * load for load in loads[unit]]
         sent[unit], seconds[unit] = _exchange(model, cluster, layout, unit, rows_R)
-        dispatched[unit] = sum(rows_R) * (model.width * model.itemsize + weight_bytes(unit, local))
+        beside = weight_bytes(unit, local)
+        dispatched[unit] = sum(rows_R) * wire_bytes(width=model.width, itemsize=model.itemsize, beside=beside, ways=1)
     computed = tuple(ranks * tokens * load for load in loads["expert"])
     away = any(len(set(nodes)) > 1 for nodes in layout.nodes_of_expert_groups(cluster))
     saving = saving_wanted("network" if away else "node", fused=model.fused)
@@ -72,7 +72,8 @@ def _exchange(model: Model, cluster: Cluster, layout: Layout, unit: str, rows_R:
     rank and direction.  What is sent in the dispatch is received in the combine, without the weights.
     """
     ranks = len(rows_R)
-    size = round_trip_bytes(unit, width=model.width, itemsize=model.itemsize, local_experts=model.experts // ranks)
+    beside = weight_bytes(unit, model.experts // ranks)
+    size = wire_bytes(width=model.width, itemsize=model.itemsize, beside=beside)
     total, slowest = Wire(), 0.0
     ways = layout.nodes_of_expert_groups(cluster)
     for nodes in ways:
@@ -127,12 +128,11 @@ def dense_flops(model: Model, layout: Layout, layers: Sequence[int], *, last: bo
     two products of full attention (Narayanan et al. 2021, arXiv 2104.04473, appendix; Dao 2023, arXiv 2307.08691,
     section 4.1, for the half).
     """
-    matrix = model.matrices * model.width
     per_token = 0.0
     for layer in layers:
         per_token += 2 * model.attention + 2 * model.sequence * model.heads * model.head_width
-        moe = model.experts * model.width + matrix * model.shared_width
-        per_token += 2 * (moe if model.moe[layer] else matrix * model.dense_width)
+        moe = model.router + model.feed_forward(model.shared_width)
+        per_token += 2 * (moe if model.moe[layer] else model.feed_forward(model.dense_width))
     if last:
         per_token += 2 * model.padded_vocabulary(layout.tensor) * model.width
     return layout.tokens(model) * per_token

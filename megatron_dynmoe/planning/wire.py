@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_dynmoe.units import weight_bytes, wire_bytes
+
 
 @dataclass(frozen=True)
 class Wire:
@@ -61,16 +63,6 @@ def rows_by_rank(rows_E: Sequence[float], ranks: int) -> list[float]:
     return [sum(rows_E[rank * local : (rank + 1) * local]) for rank in range(ranks)]
 
 
-def weight_bytes(unit: str, local_experts: int) -> int:
-    """Bytes of the float32 weights that go with one row: one (unit "expert"), or one a local expert ("rank")."""
-    return 4 * (1 if unit == "expert" else local_experts)
-
-
-def round_trip_bytes(unit: str, *, width: int, itemsize: int, local_experts: int) -> int:
-    """Bytes of one row in a forward pass: D elements out and D back, weights out."""
-    return 2 * width * itemsize + weight_bytes(unit, local_experts)
-
-
 def wire(
     rows_R: Sequence[float],
     *,
@@ -96,10 +88,10 @@ def wire(
     nodes = node_of_rank or [0] * len(rows_R)
     same_node = sum(rows for peer, rows in enumerate(rows_R) if peer != rank and nodes[peer] == nodes[rank])
     elsewhere = sum(rows for peer, rows in enumerate(rows_R) if nodes[peer] != nodes[rank])
-    size = round_trip_bytes(unit, width=width, itemsize=itemsize, local_experts=local_experts)
+    size = wire_bytes(width=width, itemsize=itemsize, beside=weight_bytes(unit, local_experts))
     return priced(sum(rows_R), same_node, elsewhere, size)
 
 
 def priced(rows: float, nvlink_rows: float, network_rows: float, size: int) -> Wire:
-    """Rows by link with their bytes; ``size`` is :func:`round_trip_bytes`."""
+    """Rows by link with their bytes; ``size`` is that of one row, both ways."""
     return Wire(rows, nvlink_rows, network_rows, nvlink_rows * size, network_rows * size)

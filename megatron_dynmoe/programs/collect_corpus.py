@@ -4,10 +4,11 @@ import sys
 from pathlib import Path
 
 from megatron_dynmoe.data.corpus import HELD_OUT, SUBSETS, TRAIN, collect
-from megatron_dynmoe.errors import UserError, user_sentence
+from megatron_dynmoe.errors import one_sentence
 from megatron_dynmoe.programs.command import command_parser
 
 
+@one_sentence("collect_corpus")
 def main(argv: list[str] | None = None) -> int:
     """Parse, collect, report; 1 with one sentence on stderr."""
     parser = command_parser(__doc__, example="dynmoe-corpus --output corpus --megabytes 24", defaults=True)
@@ -31,14 +32,8 @@ def main(argv: list[str] | None = None) -> int:
             compressed=tuple(args.zstd),
             overwrite=args.overwrite,
         )
-    except (UserError, OSError) as error:
-        if (sentence := user_sentence(error)) is None:
-            raise
-        print(f"error: {sentence}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        return 130
+        raise KeyboardInterrupt("nothing was written.") from None
     for subset, splits in manifest["subsets"].items():
         for split in (TRAIN, HELD_OUT):
             counts = splits[split]

@@ -4,6 +4,7 @@ import signal
 import sys
 from pathlib import Path
 
+from megatron_dynmoe.errors import one_sentence
 from megatron_dynmoe.programs.command import command_parser
 
 DTYPES = ("float32", "bfloat16", "float16")  # those of hf.export, which takes a second to import
@@ -22,6 +23,7 @@ def write_tokenizer(model: Path, folder: Path) -> None:
     to_hf_tokenizer(model, folder)
 
 
+@one_sentence("export_hf")
 def main(argv: list[str] | None = None) -> int:
     """Parse, export, report; 0 on success, 1 with one sentence on stderr."""
     parser = command_parser(__doc__, example=EXAMPLE)
@@ -33,7 +35,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=DTYPES, help="default: as stored; routers are float32 always")
     parser.add_argument("--overwrite", action="store_true", help="replace --output if it is not empty")
     args = parser.parse_args(argv)
-    from megatron_dynmoe.checkpoint import CheckpointError
     from megatron_dynmoe.hf.export import export
 
     # Like Ctrl-C: the folder being written is removed.
@@ -49,12 +50,8 @@ def main(argv: list[str] | None = None) -> int:
             dtype=args.dtype,
             overwrite=args.overwrite,
         )
-    except (CheckpointError, OSError) as error:
-        print(f"export_hf: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
-        print(f"export_hf: interrupted; {args.output} is as it was.", file=sys.stderr)
-        return 130
+        raise KeyboardInterrupt(f"{args.output} is as it was.") from None
     print(
         f"{done.checkpoint} -> {done.path}: {done.parameters / 1e6:.1f}M parameters, {done.bytes / 1e6:.0f} MB "
         f"in {done.shards} shard(s), vocabulary of {done.vocab_size}"

@@ -5,18 +5,17 @@ import math
 import sys
 from pathlib import Path
 
+from megatron_dynmoe.errors import UserError, one_sentence
 from megatron_dynmoe.programs.command import command_parser
 
 
+@one_sentence("generate")
 def main(argv: list[str] | None = None) -> int:
     """Parse, load, generate, print; 1 with one sentence on stderr if the folder or a prompt cannot serve."""
     args = _parse(argv)
     for name in ("config.json", "tokenizer.json"):
         if not (args.model / name).is_file():
-            print(
-                f"generate: {args.model / name} is missing; give a folder exported with its tokenizer.", file=sys.stderr
-            )
-            return 1
+            raise UserError(f"{args.model / name} is missing; give a folder exported with its tokenizer.")
 
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
@@ -29,8 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     for number, prompt in enumerate(args.prompt):
         inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
         if inputs["input_ids"].shape[1] == 0:
-            print("generate: the prompt has no tokens; give at least one character.", file=sys.stderr)
-            return 1
+            raise UserError("the prompt has no tokens; give at least one character.")
         set_seed(args.seed)  # before each, so that a prompt's text does not depend on its place
         with torch.no_grad():
             tokens = model.generate(**inputs, max_new_tokens=args.max_new_tokens, **how)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_dynmoe.errors import one_sentence
 from megatron_dynmoe.programs.command import command_parser
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ dynmoe-import --model exported --output imported
 dynmoe-pretrain --pretrained-checkpoint imported --load RUN --save RUN ..."""
 
 
+@one_sentence("import_hf", code=2)
 def main(argv: list[str] | None = None) -> int:
     """Parse, import, report; 0 on success, 2 with one sentence on stderr."""
     parser = command_parser(__doc__, example=EXAMPLE)
@@ -41,7 +43,6 @@ def main(argv: list[str] | None = None) -> int:
         help="as the training will have it, where the number of experts adapts (default: 1)",
     )
     args = parser.parse_args(argv)
-    from megatron_dynmoe.checkpoint import CheckpointError
     from megatron_dynmoe.hf.importing import import_model
 
     # Like Ctrl-C: the folder being written is removed.
@@ -54,12 +55,8 @@ def main(argv: list[str] | None = None) -> int:
             divisible_by=args.make_vocab_size_divisible_by,
             max_added_experts=args.moe_max_added_experts,
         )
-    except (CheckpointError, OSError) as error:
-        print(f"import_hf: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
-        print(f"import_hf: interrupted; {args.output} is as it was.", file=sys.stderr)
-        return 130
+        raise KeyboardInterrupt(f"{args.output} is as it was.") from None
     _report(done)
     return 0
 

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from megatron_dynmoe.errors import one_sentence
 from megatron_dynmoe.planning import Cluster, Histogram, PlanError, plan_all, to_markdown
 from megatron_dynmoe.planning.expect import Expectation, expect, row_of, table_of
 from megatron_dynmoe.planning.flags import add_model_flags, model_of, read_flags, words_of
@@ -167,6 +168,7 @@ def write(text: str, path: Path | None) -> None:
     os.replace(beside, path)
 
 
+@one_sentence("plan_cluster")
 def main(argv: list[str] | None = None) -> int:
     """Parse, plan, report; 1 with one sentence on stderr."""
     # What the file says has to be known before the rest is parsed, so that the rest wins.
@@ -176,16 +178,12 @@ def main(argv: list[str] | None = None) -> int:
     known, _ = first.parse_known_args(argv)
     words = list(sys.argv[1:] if argv is None else argv)
     cut = words.index("--") if "--" in words else len(words)
-    try:
-        defaults = read_flags(known.model) if known.model else None
-        if defaults and known.metrics_file:
-            defaults.mean_k = None  # what a run measured wins over what the model's file assumes
-        args = parser().parse_args(words[:cut], defaults)
-        args.own = words[cut + 1 :]
-        write(report(args), args.output)
-    except (PlanError, OSError) as error:
-        print(f"plan_cluster: {error}", file=sys.stderr)
-        return 1
+    defaults = read_flags(known.model) if known.model else None
+    if defaults and known.metrics_file:
+        defaults.mean_k = None  # what a run measured wins over what the model's file assumes
+    args = parser().parse_args(words[:cut], defaults)
+    args.own = words[cut + 1 :]
+    write(report(args), args.output)
     return 0
 
 

@@ -9,6 +9,7 @@ import os
 import sys
 from pathlib import Path
 
+from megatron_dynmoe.errors import one_sentence
 from megatron_dynmoe.programs.command import command_parser
 from megatron_dynmoe.report.experts_plot import FORMATS, picture
 from megatron_dynmoe.report.experts_table import experts_table
@@ -57,22 +58,19 @@ def write(contents: dict[Path, bytes]) -> None:
                 beside.unlink()
 
 
+@one_sentence("plot_experts")
 def main(argv: list[str] | None = None, *, prog: str | None = None) -> int:
-    """Parse, read, draw, write; 2 with one sentence on stderr."""
+    """Parse, read, draw, write; 1 with one sentence on stderr."""
     args = parser(prog).parse_args(argv)
-    try:
-        kind = suffix(args.output, "--output", FORMATS)
-        if args.table is not None:
-            suffix(args.table, "--table", ("md",))
-        run = read_run(args.metrics)
-        others = f" and {len(args.metrics) - 1} more" if len(args.metrics) > 1 else ""
-        contents = {args.output: picture(run, title=f"{args.metrics[0]}{others}", kind=kind)}
-        if args.table is not None:
-            contents[args.table] = experts_table(run).encode()
-        write(contents)
-    except ReportError as error:
-        print(f"plot_experts: {error}", file=sys.stderr)
-        return 2
+    kind = suffix(args.output, "--output", FORMATS)
+    if args.table is not None:
+        suffix(args.table, "--table", ("md",))
+    run = read_run(args.metrics)
+    others = f" and {len(args.metrics) - 1} more" if len(args.metrics) > 1 else ""
+    contents = {args.output: picture(run, title=f"{args.metrics[0]}{others}", kind=kind)}
+    if args.table is not None:
+        contents[args.table] = experts_table(run).encode()
+    write(contents)
     return 0
 
 

@@ -11,7 +11,7 @@ import time
 
 from megatron_dynmoe.data.preprocess import preprocess
 from megatron_dynmoe.data.tokenizers import TokenizerFile
-from megatron_dynmoe.errors import UserError, user_sentence
+from megatron_dynmoe.errors import one_sentence
 from megatron_dynmoe.programs.command import command_parser
 
 EXAMPLE = """\
@@ -19,6 +19,7 @@ dynmoe-preprocess --tokenizer-model tokenizer.model --append-eod \\
     --input corpus/code --output-prefix data/code --input corpus/docs --output-prefix data/docs"""
 
 
+@one_sentence("preprocess_data")
 def main(argv: list[str] | None = None) -> int:
     """Parse, encode, report each dataset; 1 with one sentence on stderr."""
     args = _parse(argv)
@@ -45,14 +46,8 @@ def main(argv: list[str] | None = None) -> int:
                 flush=True,
             )
             done.append(prefix)
-    except (UserError, OSError) as error:
-        if (sentence := user_sentence(error)) is None:
-            raise
-        print(f"error: {sentence}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
-        print(f"interrupted: {', '.join(done) or 'nothing'} was written", file=sys.stderr)
-        return 130
+        raise KeyboardInterrupt(f"{', '.join(done) or 'nothing'} was written.") from None
     return 0
 
 

@@ -5,7 +5,6 @@ import sys
 
 from megatron_dynmoe import __version__
 from megatron_dynmoe.launch.parent import end_with_parent, under_torchrun
-from megatron_dynmoe.presets import PRESETS
 
 HELP = f"""usage: torchrun --nproc-per-node RANKS $(which dynmoe-pretrain) FLAGS
        dynmoe-pretrain FLAGS        one rank
@@ -14,7 +13,7 @@ HELP = f"""usage: torchrun --nproc-per-node RANKS $(which dynmoe-pretrain) FLAGS
 
 Most of Megatron's flags, and one for each setting of the routing:
   --num-experts E                   experts of a layer
-  --moe-preset NAME                 a published system: {", ".join(PRESETS)}
+  --moe-preset NAME                 a published system: {{presets}}
   --moe-rule RULE                   how a token chooses; wins over the preset, as all flags do
   --expert-model-parallel-size N    ranks that share the experts
   --moe-metrics-file FILE           losses and experts per token, a line an interval; dynmoe-report reads it
@@ -31,13 +30,20 @@ example, on the CPU of any machine and on made-up data:
 """
 
 
+def help_text() -> str:
+    """The help that is shown; the presets are those of the methods, which take a second to import."""
+    from megatron_dynmoe.config import PRESETS
+
+    return HELP.rstrip().format(presets=", ".join(PRESETS))
+
+
 def main(argv: list[str] | None = None) -> int:
     """Check the data, then train; the exit codes are those of :func:`megatron_dynmoe.training.pretrain.main`."""
     if under_torchrun():
         end_with_parent()  # from here on, not after the seconds that Megatron's import takes
     words = list(sys.argv[1:] if argv is None else argv)
     if "--version" in words or {"-h", "--help"} & set(words):
-        print(f"megatron_dynmoe {__version__}" if "--version" in words else HELP.rstrip())
+        print(f"megatron_dynmoe {__version__}" if "--version" in words else help_text())
         return 0
     if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} & set(os.environ):
         # started by itself, it is the only rank: it meets nobody, at a port that the system chooses
@@ -55,9 +61,10 @@ def main(argv: list[str] | None = None) -> int:
     )
 
 
-# The first checkpoint starts helper processes, which import the program again under this name: that of this module, of
-# the wheel's script or of the checkout's file. Such a helper must not outlive its rank.
-if "__mp_main__" in sys.modules:
+# The first checkpoint starts helper processes, which import the program again under this name: this module, the wheel's
+# script or the checkout's file. (In the program itself multiprocessing has the name stand for __main__.) Such a helper
+# must not outlive its rank.
+if sys.modules.get("__mp_main__") not in (None, sys.modules["__main__"]):
     end_with_parent()
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from megatron_dynmoe.errors import one_sentence
 from megatron_dynmoe.programs.command import command_parser
 from megatron_dynmoe.report.metrics_file import ReportError
 from megatron_dynmoe.report.token_costs import FREE_KINDS, TokenCosts, token_costs
@@ -81,20 +82,13 @@ def exported_model(args: argparse.Namespace) -> Iterator[tuple[Path, str]]:
             f"--model {args.model} has no config.json, so it is no exported model; for a checkpoint give "
             "--tokenizer-model too."
         )
-    from megatron_dynmoe.checkpoint import CheckpointError
     from megatron_dynmoe.hf.export import export
     from megatron_dynmoe.programs.export_hf import write_tokenizer
 
     with tempfile.TemporaryDirectory(prefix="token_report.") as folder:
-        try:
-            done = export(
-                args.model,
-                Path(folder) / "model",
-                tokenizer_model=args.tokenizer_model,
-                write_tokenizer=write_tokenizer,
-            )
-        except (CheckpointError, OSError) as error:
-            raise ReportError(str(error)) from None
+        done = export(
+            args.model, Path(folder) / "model", tokenizer_model=args.tokenizer_model, write_tokenizer=write_tokenizer
+        )
         yield done.path, str(done.checkpoint)
 
 
@@ -177,13 +171,22 @@ def window_of(asked: int | None, config: Any) -> int:
     return asked or most
 
 
+def method_in_words(kind: str, name: str, config: Any) -> str:
+    """A gate or rule with those of its settings that papers have a letter for, such as ``top-p, p = 0.4``."""
+    from megatron_dynmoe.routers.registry import fields_of, methods
+
+    parts = [name]
+    for field in (f for k, n, method in methods() if (k, n) == (kind, name) for f in fields_of(method)):
+        value = getattr(config, field.metadata.get("exported") or field.name, None)
+        if field.metadata.get("symbol") and value is not None:
+            parts.append(f"{field.metadata['symbol']} = {value:g}")
+    return ", ".join(parts)
+
+
 def rule_in_words(config: Any) -> str:
-    """How the model chooses experts, such as ``top-p, p = 0.4``."""
-    words = {
-        "top-p": f"top-p, p = {config.top_p_threshold:g}",
-        "top-k": f"top-k, k = {config.num_experts_per_tok}",
-    }.get(config.router_rule, config.router_rule)
-    gate = getattr(config, "router_gate", "softmax")
+    """How the model chooses experts."""
+    words = method_in_words("rule", config.router_rule, config)
+    gate = method_in_words("gate", getattr(config, "router_gate", "softmax"), config)
     cap = config.max_experts_per_token
     free = {kind: getattr(config, f"{kind}_experts", None) or 0 for kind in FREE_KINDS}
     parts = [f"rule {words}", f"gate {gate}"]
@@ -228,8 +231,9 @@ def write(path: Path, page: str) -> None:
             beside.unlink()
 
 
+@one_sentence("token_report")
 def main(argv: list[str] | None = None, *, prog: str | None = None) -> int:
-    """Parse, read, route, write; 2 with one sentence on stderr."""
+    """Parse, read, route, write; 1 with one sentence on stderr."""
     args = parser(prog).parse_args(argv)
     # Like Ctrl-C: the temporary export is removed.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -237,12 +241,8 @@ def main(argv: list[str] | None = None, *, prog: str | None = None) -> int:
         check_output(args)
         text = read_text(args)
         write(args.output, page_of(args, text))
-    except ReportError as error:
-        print(f"token_report: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
-        print(f"token_report: interrupted; {args.output} is as it was.", file=sys.stderr)
-        return 130
+        raise KeyboardInterrupt(f"{args.output} is as it was.") from None
     return 0
 
 

@@ -5,10 +5,11 @@ from pathlib import Path
 
 from megatron_dynmoe.data.shards import expand_inputs
 from megatron_dynmoe.data.tokenizers import train_tokenizer
-from megatron_dynmoe.errors import UserError, user_sentence
+from megatron_dynmoe.errors import one_sentence
 from megatron_dynmoe.programs.command import command_parser
 
 
+@one_sentence("train_tokenizer")
 def main(argv: list[str] | None = None) -> int:
     """Parse, train, report; 1 with one sentence on stderr."""
     parser = command_parser(
@@ -32,14 +33,8 @@ def main(argv: list[str] | None = None) -> int:
             sample_megabytes=args.sample_megabytes,
             overwrite=args.overwrite,
         )
-    except (UserError, OSError) as error:
-        if (sentence := user_sentence(error)) is None:
-            raise
-        print(f"error: {sentence}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        return 130
+        raise KeyboardInterrupt("nothing was written.") from None
     print(f"wrote {model}")
     return 0
 

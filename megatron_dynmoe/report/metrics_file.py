@@ -7,13 +7,13 @@ iteration on.  An update may lie in an old record and, with another log interval
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_dynmoe.errors import UserError
+from megatron_dynmoe.records import WANTED, training_records
 
 
 class ReportError(UserError):
@@ -99,7 +99,8 @@ def read_run(paths: Sequence[Path]) -> Run:
     kept: list[tuple[TrainingRecord, int]] = []
     begun: dict[int, int] = {}  # the first iteration of each file that has one
     for index, path in enumerate(paths):
-        for record in _training_records(path):
+        for where, fields in training_records(path, ReportError):
+            record = _record(fields, where)
             begun.setdefault(index, record.iteration)
             while kept and kept[-1][0].iteration >= record.iteration:
                 kept.pop()
@@ -115,33 +116,6 @@ def read_run(paths: Sequence[Path]) -> Run:
     return Run(tuple(record for record, _ in kept))
 
 
-def _training_records(path: Path) -> Iterator[TrainingRecord]:
-    """The records of training in one file; those of evaluations are passed over."""
-    try:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    fields = _fields(line, path, number)
-                    if not {"validation_loss", "test_loss"} & fields.keys():
-                        yield _record(fields, f"{path}, line {number}")
-    except OSError as error:
-        raise ReportError(
-            f"{path} cannot be read ({error.strerror}); give a file that --moe-metrics-file wrote."
-        ) from None
-    except UnicodeDecodeError:
-        raise ReportError(f"{path} is not text; give a file that --moe-metrics-file wrote.") from None
-
-
-def _fields(line: str, path: Path, number: int) -> dict[str, Any]:
-    try:
-        fields = json.loads(line)
-    except ValueError:
-        fields = None
-    if not isinstance(fields, dict):
-        raise ReportError(f"{path}, line {number}, is not a JSON object; give a file that --moe-metrics-file wrote.")
-    return fields
-
-
 def _record(fields: dict[str, Any], where: str) -> TrainingRecord:
     def get(name: str, convert: Callable[[Any], Any], missing: Any = None) -> Any:
         if name not in fields and missing is not None:
@@ -150,7 +124,7 @@ def _record(fields: dict[str, Any], where: str) -> TrainingRecord:
             return convert(fields[name])
         except KeyError as error:
             lacking = name if error.args == (name,) else f"{error} in {name}"
-            raise ReportError(f"{where}, has no {lacking}; give a file that --moe-metrics-file wrote.") from None
+            raise ReportError(f"{where}, has no {lacking}; {WANTED}.") from None
         except (TypeError, ValueError, AttributeError):
             raise ReportError(f"{where}: {name} is {fields[name]!r}, not what --moe-metrics-file writes.") from None
 

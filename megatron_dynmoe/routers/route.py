@@ -10,16 +10,16 @@ from torch import Tensor
 
 from megatron_dynmoe.routers.linear import linear32
 from megatron_dynmoe.routers.registry import GATES, NONE, RULES
-from megatron_dynmoe.routing import Routing
+from megatron_dynmoe.routers.routing import Routing
 
 if TYPE_CHECKING:
-    from megatron_dynmoe.config import DynMoEConfig
+    from megatron_dynmoe.routers.router_config import RouterConfig
 
 
 def route(
     x_TD: Tensor,
     weight_CD: Tensor,
-    config: DynMoEConfig,
+    config: RouterConfig,
     *,
     parameters: Mapping[str, Tensor] = NONE,
     active_E: Tensor | None = None,
@@ -63,13 +63,12 @@ def route(
     else:
         weights_TC = rule.weights(scores_TC, map_TC, config, parameters)
     return Routing(
-        weights_TE=weights_TC[:, :experts],
-        map_TE=map_TC[:, :experts],
+        weights_TC=weights_TC,
+        map_TC=map_TC,
         scores_TC=scores_TC,
         logits_TC=logits_TC,
+        experts=experts,
         cut=cut,
-        free_weights_TZ=weights_TC[:, experts:],
-        free_map_TZ=map_TC[:, experts:],
         dropped=dropped,
     )
 
@@ -81,7 +80,7 @@ def norm_logits(logits_TC: Tensor, std: float) -> Tensor:
 
 
 def bound_map(
-    chosen_TC: Tensor, scores_TC: Tensor, config: DynMoEConfig, *, training: bool
+    chosen_TC: Tensor, scores_TC: Tensor, config: RouterConfig, *, training: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What the bounds leave of a choice: the cap on a token's experts, capacities, and the guard on FFN rows.
 
@@ -107,7 +106,7 @@ def bound_map(
     return map_TC, cut, dropped
 
 
-def capacities(tokens: int, experts: int, config: DynMoEConfig) -> tuple[int, int]:
+def capacities(tokens: int, experts: int, config: RouterConfig) -> tuple[int, int]:
     """Tokens that an FFN expert takes, gamma tau T / (tau N_FFN + N_ZC), and a zero-computation one, gamma T / (...).
 
     As printed in Jin et al. 2024, arXiv 2410.07348, eq. 8, there is no factor k: to leave room for k assignments a
@@ -147,7 +146,7 @@ def best_of_none(map_TE: Tensor, scores_TE: Tensor) -> Tensor:
     return torch.zeros_like(map_TE).scatter(-1, best_T1, ~map_TE.any(dim=-1, keepdim=True))
 
 
-def row_bound(num_tokens: int, config: DynMoEConfig) -> int | None:
+def row_bound(num_tokens: int, config: RouterConfig) -> int | None:
     """The memory guard's bound on rows for ``num_tokens`` tokens; ``None`` for no bound."""
     bounds = [config.max_rows] if config.max_rows is not None else []
     if config.max_rows_per_token is not None:

@@ -1,4 +1,4 @@
-"""Command-line flags: every field of :class:`DynMoEConfig`, presets, and where metrics go.
+"""Command-line flags: every field of :class:`DynMoEConfig` and its methods, presets, and the metrics file.
 
 A preset is nothing but flags that stand before the user's own, so what the user says wins, and Megatron's flags that
 a preset sets (``--moe-router-topk``) keep their meaning.
@@ -8,12 +8,18 @@ from __future__ import annotations
 
 import argparse
 from argparse import ArgumentParser, Namespace
-from dataclasses import Field, fields
+from collections.abc import Mapping
+from dataclasses import Field
 from typing import Any
 
 from megatron.training.argument_utils import ArgumentGroupFactory
 
-from megatron_dynmoe.config import NAMES, PRESETS, ConfigError, DynMoEConfig, dest_of, flag_of, preset_fields
+from megatron_dynmoe.checks import check_division
+from megatron_dynmoe.config import PRESETS, ConfigError, DynMoEConfig, dest_of, flag_of, preset_fields, without_unread
+from megatron_dynmoe.routers import GATES, RULES
+from megatron_dynmoe.routers.registry import Method, methods
+from megatron_dynmoe.routers.router_config import all_fields
+from megatron_dynmoe.routers.settings import typed_fields
 from megatron_dynmoe.training.resume import add_resume_args
 
 
@@ -21,25 +27,43 @@ class _DynMoEFlags(ArgumentGroupFactory):
     """One flag a field, ``--moe-`` before its name; fields that Megatron has a flag for add none."""
 
     def _build_argparse_kwargs_from_field(self, attribute: Field) -> dict[str, Any]:
-        kwargs = super()._build_argparse_kwargs_from_field(attribute)
+        typed = {field.name: field for field in typed_fields(self.src_cfg_class)}
+        kwargs = super()._build_argparse_kwargs_from_field(typed[attribute.name])
         kwargs |= {"arg_names": [flag_of(attribute.name)], "dest": dest_of(attribute.name)}
-        if attribute.type is bool:
+        if typed[attribute.name].type is bool:
             kwargs["action"] = argparse.BooleanOptionalAction
-        if attribute.name in NAMES:
-            kwargs["metavar"] = "{" + ",".join(NAMES[attribute.name]) + "}"
+        registries: dict[str, Mapping[str, Method]] = {"gate": GATES, "rule": RULES}
+        registry = registries.get(attribute.name, {})
+        accepts = list(registry) or attribute.metadata.get("accepts")
+        if isinstance(accepts, list):
+            kwargs["metavar"] = "{" + ",".join(accepts) + "}"
+        for name, method in registry.items():
+            kwargs["help"] += f" '{name}': {method.about}"
         kwargs["help"] = kwargs["help"].replace("%", "%%") + f" Default: {attribute.default}."
         return kwargs
 
 
 def add_dynmoe_args(parser: ArgumentParser) -> ArgumentParser:
     """Add the flags of dynamic MoE to Megatron's parser; pass it as ``extra_args_provider``."""
-    shared = [f.name for f in fields(DynMoEConfig) if "megatron" in f.metadata]
-    group = _DynMoEFlags(DynMoEConfig, exclude=shared).build_group(parser, title="dynamic MoE")
+    others = {f.name for f in all_fields(DynMoEConfig) if f.metadata.get("megatron")} | {"settings"}
+    group = _DynMoEFlags(DynMoEConfig, exclude=list(others)).build_group(parser, title="dynamic MoE")
+    for kind, name, method in methods():
+        if method.settings is not None:
+            _DynMoEFlags(method.settings, exclude=list(others)).build_group(parser, title=f"dynamic MoE, {kind} {name}")
+            others |= set(method.settings.__dataclass_fields__)
     group.add_argument(
         "--moe-preset",
         default=None,
         metavar="{" + ",".join(PRESETS) + "}",
         help="Settings of a published system; flags given beside it win.",
+    )
+    group.add_argument(
+        "--moe-plugin",
+        action="extend",
+        nargs="+",
+        default=None,
+        metavar="PACKAGE.MODULE",
+        help="Import these modules, which register methods; installed plug-ins are found without.",
     )
     group.add_argument(
         "--moe-metrics-file",
@@ -49,23 +73,35 @@ def add_dynmoe_args(parser: ArgumentParser) -> ArgumentParser:
     return add_resume_args(parser)
 
 
+def _last(argv: list[str], flag: str) -> str | None:
+    """What the command line says last after ``flag``, or with = behind it."""
+    value = None
+    for word, after in zip(argv, [*argv[1:], None], strict=True):
+        if word == flag and after is not None:
+            value = after
+        elif word.startswith(f"{flag}="):
+            value = word.split("=", 1)[1]
+    return value
+
+
 def expand_preset(argv: list[str]) -> list[str]:
     """The command line with the preset's flags before the user's.
 
     Raises:
         ConfigError: unknown preset.
     """
-    preset = None
-    for position, word in enumerate(argv):
-        if word == "--moe-preset" and position + 1 < len(argv):
-            preset = argv[position + 1]
-        elif word.startswith("--moe-preset="):
-            preset = word.split("=", 1)[1]
+    said = {name: _last(argv, f"--moe-{name}") for name in ("preset", "gate", "rule")}
+    preset = said.pop("preset")
     if preset is None:
         return list(argv)
     flags: list[str] = []
-    for name, value in preset_fields(preset).items():
-        flags += [flag_of(name)] if value is True else [flag_of(name), str(value)]
+    chosen = {name: value for name, value in said.items() if value is not None}
+    for name, value in without_unread(preset_fields(preset), chosen).items():
+        flag = flag_of(name)
+        if isinstance(value, bool):
+            flags += [flag if value else flag.replace("--", "--no-", 1)]
+        elif value is not None:  # unset is the default
+            flags += [flag, str(value)]
     return flags + list(argv)
 
 
@@ -87,22 +123,14 @@ def dynmoe_from_args(args: Namespace) -> DynMoEConfig:
     Raises:
         ConfigError: a value that is not accepted, or experts that do not divide by the expert-parallel ranks.
     """
-    values = {f.name: getattr(args, dest_of(f.name)) for f in fields(DynMoEConfig)}
+    values = {f.name: getattr(args, dest_of(f.name)) for f in all_fields(DynMoEConfig)}
     coeff = values["load_balance_coeff"]
     if isinstance(coeff, list):  # Megatron takes one value a balancing type
         if len(coeff) != 1:
             raise ConfigError(f"--moe-aux-loss-coeff is {coeff}; accepted: one number, the load-balance loss's weight.")
         values["load_balance_coeff"] = coeff[0]
     config = DynMoEConfig(**values)
-    experts, ranks = args.num_experts, args.expert_model_parallel_size
-    if experts is not None and experts % ranks:
-        raise ConfigError(
-            f"--num-experts is {experts}, which does not divide by --expert-model-parallel-size {ranks}; "
-            f"accepted: a multiple of {ranks}."
-        )
-    if config.initial_experts is not None and config.initial_experts > (experts or 0):
-        raise ConfigError(
-            f"--moe-initial-experts is {config.initial_experts}, more than the slots of --num-experts {experts}; "
-            f"accepted: at most {experts}."
-        )
+    if args.num_experts is not None:
+        check_division(args.num_experts, args.expert_model_parallel_size)
+        config.check_columns(args.num_experts)
     return config

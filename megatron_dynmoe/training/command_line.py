@@ -13,6 +13,8 @@ from megatron.training.arguments import add_megatron_arguments, parse_and_valida
 from megatron_dynmoe import host
 from megatron_dynmoe.config import ConfigError, DynMoEConfig
 from megatron_dynmoe.host.device import claim_queues
+from megatron_dynmoe.plugins import load_plugins, named_in
+from megatron_dynmoe.routers import GATES, RULES
 from megatron_dynmoe.training import resume
 from megatron_dynmoe.training.arguments import add_dynmoe_args, dynmoe_from_args, prepare_argv
 from megatron_dynmoe.training.failures import refusing_flags
@@ -63,7 +65,8 @@ class FlagParser(ArgumentParser):
 
 
 @cache
-def _parser() -> FlagParser:
+def _parser(methods: tuple[str, ...]) -> FlagParser:
+    """One for each set of registered methods, whose flags it has."""
     return FlagParser()
 
 
@@ -77,8 +80,9 @@ def read_flags(argv: list[str]) -> tuple[Namespace, DynMoEConfig, resume.Resume 
         ConfigError: what cannot work, with the flag, its value, and what would be accepted.
         CheckpointError: what ``--load`` names is not plain data, or damaged.
     """
+    load_plugins(named_in(argv))
     argv = [*host.default_flags(), *prepare_argv(argv)]
-    given = _parser().parse_args(argv)
+    given = _parser((*GATES, *RULES)).parse_args(argv)
     check_flags(given)
     check_values(given)
     if host.backend() == "gloo":

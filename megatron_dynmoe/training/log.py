@@ -20,52 +20,20 @@ from megatron.training import get_args, get_timers, is_last_rank
 from megatron.training.training import num_floating_point_operations
 from torch import Tensor
 
-from megatron_dynmoe.mcore.adaptation import ExpertAdaptation
+from megatron_dynmoe.mcore.controllers import Driver
 from megatron_dynmoe.mcore.tracker import RoutingTracker
-from megatron_dynmoe.metrics import ModelShape, RoutingSummary
+from megatron_dynmoe.metrics import RoutingSummary
+from megatron_dynmoe.model_shape import ModelShape
+from megatron_dynmoe.training.arguments import dynmoe_from_args
 from megatron_dynmoe.training.interval import IntervalSums
 from megatron_dynmoe.training.step import LossSums
 
 
 def model_shape(args: Namespace) -> ModelShape:
     """The shape of the model that Megatron's parsed flags describe."""
-    freq = args.moe_layer_freq
-    moe = [int(i % freq == 0) for i in range(args.num_layers)] if isinstance(freq, int) else list(freq)
-    mtp_layers = args.mtp_num_layers or 0
-    if mtp_layers and args.mtp_use_repeated_layer:
-        mtp_layers = 1
-    moe += moe[-1:] * mtp_layers  # they are as the decoder's last layer
-    return ModelShape(
-        layers=args.num_layers + mtp_layers,
-        moe_layers=sum(moe) if args.num_experts else 0,
-        width=args.hidden_size,
-        heads=args.num_attention_heads,
-        head_width=args.kv_channels or args.hidden_size // args.num_attention_heads,
-        query_groups=args.num_query_groups if args.group_query_attention else args.num_attention_heads,
-        dense_width=args.ffn_hidden_size,
-        expert_width=args.moe_ffn_hidden_size or args.ffn_hidden_size,
-        experts=args.num_experts or 0,
-        shared_width=args.moe_shared_expert_intermediate_size or 0,
-        vocabulary=args.padded_vocab_size,
-        mtp_layers=mtp_layers,
-        router_extra=router_extra(args),
-        gated=args.swiglu,
-        tied=not args.untie_embeddings_and_output_weights,
-        query_key_norms=args.qk_layernorm,
-    )
-
-
-def router_extra(args: Namespace) -> int:
-    """Parameters of a layer's router beside its weight (thresholds, a trained scale), and of the residual mixer."""
-    width, free = args.hidden_size, args.moe_zero_experts + args.moe_copy_experts + args.moe_constant_experts
-    columns = (args.num_experts or 0) + free
-    thresholds = columns if args.moe_rule == "top-any" else 0
-    mixer = 2 * (width + 1) if args.moe_residual else 0
-    # The gate, less the weight [E, D] that every router is counted with; H = 8C.
-    gate = 8 * columns * (width + columns) if args.moe_gate == "tanh" else columns * width
-    gate -= (args.num_experts or 0) * width
-    gate += columns**2 if args.moe_gating_residual else 0
-    return gate + thresholds + int(args.moe_train_cosine_scale) + mixer + 3 * args.moe_constant_experts * width
+    experts = args.num_experts or 0
+    beside = dynmoe_from_args(args).parameters_beside(experts, args.hidden_size) if experts else 0
+    return ModelShape.from_args(args, vocabulary=args.padded_vocab_size, router_extra=beside)
 
 
 def routed_flops(args: Namespace, experts_per_token: float, batch_size: int) -> float:
@@ -103,7 +71,7 @@ class MetricsFile:
 
 def log_interval(
     file: MetricsFile,
-    adaptation: ExpertAdaptation | None,
+    driver: Driver,
     interval: IntervalSums,
     iteration: int,
     iterations: int,
@@ -114,7 +82,7 @@ def log_interval(
 
     Args:
         file: where records go.
-        adaptation: of a model whose number of experts adapts.
+        driver: of the model's controllers.
         interval: of this run.
         iteration: the iteration that ended the interval.
         iterations: how many the summary counts.
@@ -141,12 +109,12 @@ def log_interval(
         "tokens_per_second": args.global_batch_size * args.seq_length / seconds,
         "routed_TFLOP/s/GPU": flops / seconds / args.world_size / 1e12,
     }
-    about_experts = {} if adaptation is None else log_experts(adaptation, scalars)
+    by_layer = log_routers(driver, scalars)
     record = {"iteration": iteration, "seconds_per_iteration": seconds} | summary.scalars() | scalars
     record["experts_per_token_by_layer"] = summary.experts_per_token_by_layer
     record["unrouted_tokens_by_layer"] = summary.unrouted_by_layer
     record["free_tokens_by_layer"] = summary.free_by_layer
-    record |= about_experts
+    record |= by_layer
     for name, value in own.items():
         if name.endswith("loss"):
             record[name.replace(" ", "_")] = value / max(advanced, 1)
@@ -169,29 +137,31 @@ def mtp_losses(sums: dict[str, Any]) -> dict[str, Tensor]:
     return {name: sums.get(name, 0) + value for layer, value in enumerate(values, 1) for name in [f"mtp_{layer} loss"]}
 
 
-def log_experts(adaptation: ExpertAdaptation, scalars: dict[str, float]) -> dict[str, Any]:
-    """Print what was added and removed since the last call; every rank calls it.
+def log_routers(driver: Driver, scalars: dict[str, float]) -> dict[str, Any]:
+    """What controllers and methods say of the routers; every rank calls it.
 
     Args:
-        adaptation: of the model.
+        driver: of the model's controllers; what they did since the last call is printed.
         scalars: gets the means over layers.
 
     Returns:
-        per layer, for the metrics file: active experts, the least, mean and greatest threshold, changes.
+        for the metrics file: every value by layer, and what was done.
     """
-    events, layers = adaptation.state_of_all_stages()
+    if not driver.reports():
+        return {}
+    events, layers = driver.report()
+    record: dict[str, Any] = {}
+    for name in dict.fromkeys(name for about in layers.values() for name in about):
+        values = {layer: about[name] for layer, about in layers.items() if name in about}
+        if not any(isinstance(value, list) for value in values.values()):
+            scalars[name] = sum(values.values()) / len(values)
+        record[f"{name}_by_layer"] = values
+    for field in filter(None, (kind.events for kind in driver.kinds)):
+        record[field] = [asdict(event) for event in events]
     if is_last_rank():
         for event in events:
-            print(f" [experts] iteration {event.iteration}: {event}", flush=True)
-    scalars["active_experts"] = sum(about["active"] for about in layers.values()) / max(len(layers), 1)
-    scalars["threshold"] = sum(about["threshold"] for about in layers.values()) / max(len(layers), 1)
-    return {
-        "active_experts_by_layer": {layer: about["active"] for layer, about in layers.items()},
-        "thresholds_by_layer": {
-            layer: [about[name] for name in ("least", "threshold", "most")] for layer, about in layers.items()
-        },
-        "expert_changes": [asdict(event) for event in events],
-    }
+            print(f" {event}", flush=True)
+    return record
 
 
 def log_evaluation(file: MetricsFile, tracker: RoutingTracker, losses: LossSums) -> None:

@@ -28,13 +28,14 @@ from megatron.training import get_args
 from megatron.training.async_utils import maybe_finalize_async_save
 from torch import Tensor, nn
 
+from megatron_dynmoe.errors import UserError
 from megatron_dynmoe.launch import outcome
 
 SECOND_RUN = (RerunState.RERUNNING_IN_PLACE, RerunState.RERUNNING_FROM_CHECKPOINT)
 OUTPUT_LAYER = "the output layer"
 
 
-class NotANumberError(RuntimeError):
+class NotANumberError(UserError):
     """The loss or a gradient is NaN or infinite, twice from the same batch."""
 
     code = outcome.NOT_A_NUMBER

@@ -18,11 +18,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_dynmoe import host
 from megatron_dynmoe.config import DynMoEConfig
 from megatron_dynmoe.launch.parent import end_with_parent, under_torchrun
-from megatron_dynmoe.mcore.adaptation import ExpertAdaptation
-from megatron_dynmoe.mcore.config import check_config
+from megatron_dynmoe.mcore.checks import check_config
+from megatron_dynmoe.mcore.controllers import Driver
 from megatron_dynmoe.mcore.fp8_state import then_update_scales
 from megatron_dynmoe.mcore.stages import fix_width
 from megatron_dynmoe.mcore.tracker import RoutingTracker
+from megatron_dynmoe.routers.auxiliary import losses_of
 from megatron_dynmoe.training import fits, nan, report_failure, stop
 from megatron_dynmoe.training.batch import get_embedding_ranks
 from megatron_dynmoe.training.command_line import read_flags
@@ -34,9 +35,6 @@ from megatron_dynmoe.training.model import DynamicGPTModelConfig, layer_spec
 from megatron_dynmoe.training.resume import Resume
 from megatron_dynmoe.training.stacked_experts import check_experts
 from megatron_dynmoe.training.step import LossSums, forward_step
-
-# Losses that Megatron does not know of, by the first part of their name.
-OWN_LOSSES = ("entropy", "diversity", "simplicity", "efficiency")
 
 # (prefix, vocabulary size) -> None; raises ValueError with one sentence if the data cannot be used.
 DataCheck = Callable[[str, int], Any]
@@ -77,21 +75,21 @@ def run(args: Namespace, dynmoe: DynMoEConfig, resumed: Resume | None = None) ->
     config = pretrain_config(args, dynmoe)
     config.model.fused_norm = fits.fused_norm(resumed)
     file, losses = MetricsFile(args.moe_metrics_file), LossSums()
-    adaptation = ExpertAdaptation(dynmoe, seed=args.seed) if dynmoe.adaptive_experts else None
+    driver = Driver(dynmoe, seed=args.seed)
     tracker = RoutingTracker(
         num_layers=args.num_layers + (args.mtp_num_layers or 0),
         num_experts=args.num_experts or 1,
         free={kind: getattr(dynmoe, f"{kind}_experts") for kind in ("constant", "copy", "zero")},
         copies=1 if args.sequence_parallel else args.tensor_model_parallel_size,
         log_interval=args.log_interval,
-        loss_names=tuple(f"{name}_loss" for name in OWN_LOSSES if getattr(dynmoe, f"{name}_coeff") > 0),
-        on_interval=partial(log_interval, file, adaptation, IntervalSums()),
-        on_step=None if adaptation is None else adaptation.after_step,
+        loss_names=tuple(loss.name for loss in losses_of(dynmoe)),
+        on_interval=partial(log_interval, file, driver, IntervalSums()),
+        on_step=driver.after_step,
     )
     set_moe_metrics_tracker(tracker)
     datasets = partial(build_datasets, config=config.model.transformer)
     datasets.is_distributed = True  # each rank decides whether it reads
-    step = partial(forward_step, evaluation=losses, watch=None if adaptation is None else adaptation.watch)
+    step = partial(forward_step, evaluation=losses, before=driver.before_pass)
     watch = nan.Watch()
     config.model.transformer.finalize_model_grads_func = then_update_scales(watch.after_gradients)
     try:

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from megatron_dynmoe import checkpoint
 from megatron_dynmoe.checkpoint import CheckpointError
 from megatron_dynmoe.checkpoint.lock import WAIT_S, hold
+from megatron_dynmoe.errors import UserError, user_sentence
 
 # The store lives as long as this: rank 0 serves it, and megatron's own rendezvous takes it over.
 _store: Any = None
@@ -79,10 +80,10 @@ def prepare(args: Namespace) -> Resume | None:
         if args.save and rank == 0 and (waited := hold(Path(args.save), wait_s=WAIT_S)):
             note(waited)
         found = _look(args, rank, ranks)
-    except (CheckpointError, OSError) as failure:
+    except (UserError, OSError) as failure:
         if ranks == 1:
             raise
-        error = str(failure)
+        error = user_sentence(failure) or str(failure)
     if ranks > 1 and (args.save or _roots(args)):
         _agree(args, rank, ranks, str(found and found.folder), error)
     if found is not None and not args.trust_checkpoint:

@@ -111,14 +111,14 @@ def forward_step(
     return_schedule_plan: bool = False,
     *,
     evaluation: LossSums,
-    watch: Callable[[GPTModel], None] | None = None,
+    before: Callable[[GPTModel], None] | None = None,
 ) -> tuple[Any, Callable[[Tensor], tuple]]:
-    """Run one micro-batch through this stage of the model; ``watch`` is told of the stage before.
+    """Run one micro-batch through this stage of the model; ``before`` is told of the stage first.
 
     With ``return_schedule_plan`` (``--overlap-moe-expert-parallel-comm``) the first result is the plan, not run yet.
     """
-    if watch is not None:
-        watch(model)
+    if before is not None:
+        before(model)
     args, timers = get_args(), get_timers()
     timers("batch-generator", log_level=2).start()
     with _stragglers(bdata=True):

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import torch
 
 from megatron_dynmoe.config import ConfigError
-from megatron_dynmoe.mcore.config import check_balancing
+from megatron_dynmoe.mcore.checks import check_balancing
 from megatron_dynmoe.ranges import MOST_EXPERTS
 
 # The least that is accepted, where the flag is given.

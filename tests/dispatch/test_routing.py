@@ -5,11 +5,12 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_dynmoe.dispatch import TRANSPORTS, choose_unit, combine, dispatch, per_expert, wire_bytes
+from megatron_dynmoe.dispatch import TRANSPORTS, choose_unit, combine, dispatch, per_expert
 from megatron_dynmoe.dispatch.align import align_rows, aligned_sizes, unalign_rows
 from megatron_dynmoe.dispatch.moves import scatter_rows
 from megatron_dynmoe.dispatch.per_expert import group_by_expert, ungroup_by_expert
 from megatron_dynmoe.routing import RoutePlan
+from megatron_dynmoe.units import weight_bytes, wire_bytes
 
 #          expert  0  1  2  3
 MAP = torch.tensor(
@@ -200,7 +201,9 @@ def test_auto_takes_the_unit_that_moves_fewer_bytes():
     # per row: 64 * 4 + 4 = 260 bytes; per pair: 64 * 4 + 8 = 264; 20 % are saved below 0.8 * 260 / 264 = 0.788
     assert choose_unit(replace(two_ranks, total_pairs=787), width=64, itemsize=4) == "rank"
     assert choose_unit(replace(two_ranks, total_pairs=789), width=64, itemsize=4) == "expert"
-    assert wire_bytes("expert", rows=3, pairs=2, width=64, itemsize=4, local_experts=2) == 780
+    row = {"width": 64, "itemsize": 4}
+    assert wire_bytes(**row, beside=weight_bytes("expert", 2), ways=1) == 260
+    assert wire_bytes(**row, beside=weight_bytes("rank", 2)) == 2 * 256 + 8  # there with two weights, and back
     assert choose_unit(RoutePlan.build(MAP), width=64, itemsize=4) == "expert"  # one rank
 
 

@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -120,7 +122,8 @@ def test_own_folder_is_emptied_unless_continued(tmp_path) -> None:
 
 @pytest.mark.parametrize("ranks", [0, -1, 3])
 def test_ranks_that_cannot_share_the_experts_are_refused(ranks: int) -> None:
-    with pytest.raises(DemoError, match=rf"--ranks is {ranks}; accepted: a number that divides the 8 experts"):
+    said = rf"--ranks is {ranks}, which does not divide --num-experts 8; accepted: 1, 2, 4, 8\."
+    with pytest.raises(DemoError, match=said):
         steps.look_at_machine(ranks)
 
 
@@ -192,6 +195,16 @@ def test_summary_refuses_a_training_that_is_not_whole(trained: Path) -> None:
     steps.metrics_file(trained, 2).unlink()
     with pytest.raises(DemoError, match="hold no full training"):
         summarize(trained, "")
+
+
+def test_commands_are_programs_of_the_package(tmp_path: Path, monkeypatch) -> None:
+    """No file of a checkout: the wheel's demo runs the same."""
+    monkeypatch.setattr(steps, "blend", lambda folder, split: [])
+    machine = Machine(ranks=2, gpus=0, cores=2)
+    for step in steps.data_steps(tmp_path) + steps.training_steps(tmp_path, machine) + steps.model_steps(tmp_path):
+        modules = [after for word, after in pairwise(step.command) if word == "-m"]
+        assert modules[-1].startswith("megatron_dynmoe.programs.") and all(map(find_spec, modules))
+        assert not [word for word in step.command if word.endswith(".py")]
 
 
 def test_commands_weigh_subsets_by_their_tokens(tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def parse_for_eight_gpus(argv: list[str], routing: dict, experts: int, schedule:
     from megatron.training.argument_utils import gpt_config_from_args
     from megatron.training.arguments import parse_args, validate_args
 
-    from megatron_dynmoe.mcore.config import check_config
+    from megatron_dynmoe.mcore.checks import check_config
     from megatron_dynmoe.training.arguments import add_dynmoe_args, dynmoe_from_args, prepare_argv
 
     os.environ["WORLD_SIZE"] = "8"

@@ -151,7 +151,7 @@ def check_refusals_on_a_gpu() -> None:
     from types import SimpleNamespace
     from unittest import mock
 
-    from megatron_dynmoe.mcore.fp8_config import check_fp8
+    from megatron_dynmoe.mcore.fp8_checks import check_fp8
     from megatron_dynmoe.training.values import check_recipe
 
     usual = {"fp8": None, "fp4": None, "fp8_wgrad": True, "first_last_layers_bf16": False, "hidden_size": 64}

@@ -25,6 +25,7 @@ SMALL = {
     **{"initializer_range": 0.03, "rms_norm_eps": 1e-4},
 }
 TOP_ANY = {"router_gate": "cosine", "router_rule": "top-any", "cosine_scale": 4.0}
+SLOTS = TOP_ANY | {"adaptive_experts": True}
 ZERO_COMPUTATION = {"router_rule": "top-k", "constant_experts": 2, "copy_experts": 1, "zero_experts": 1}
 SHARED = {"shared_expert_intermediate_size": 12}
 # The presets, and what a model of any of them may have.
@@ -34,9 +35,9 @@ CASES = {
     "gshard": {"router_rule": "top-k", "num_experts_per_tok": 2, "normalize_router_weights": True},
     "switch": {"router_rule": "top-k", "num_experts_per_tok": 1},
     "fixed slots": TOP_ANY,
-    "dynmoe": TOP_ANY
+    "dynmoe": SLOTS
     | {"expert_slots": [[0, 2, 3], [1], [0, 1, 2, 3, 4]], "experts_by_layer": [3, 1, 5], "trained_cosine_scale": True},
-    "dynmoe with dense layers": TOP_ANY
+    "dynmoe with dense layers": SLOTS
     | SHARED
     | {"expert_slots": [[4], [], [0, 3]], "experts_by_layer": [1, 0, 2], "moe_layers": [1, 0, 1]}
     | {"residual_mixture": True},
@@ -46,6 +47,7 @@ CASES = {
     | {"router_gate": "tanh", "gating_residual": True, "drop_zero_weight": True, "expert_input_scale": 2.0}
     | {"logits_norm_std": 1.5},
     "grouped queries, tied": {"num_key_value_heads": 2, "tie_word_embeddings": True},
+    "threshold": {"router_rule": "threshold", "threshold": 0.2, "learned_thresholds": True},
     "one key head": {"num_key_value_heads": 1, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
     "shared expert": SHARED | {"moe_layers": [0, 1, 0]},
     "shared expert with gate": SHARED | {"shared_expert_gate": True},

@@ -26,7 +26,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-CASES = ["ep2", "tp2", "pp2-stock", "dynmoe-ep2", "dynmoe-pp2", "mpp-ep2", "mpp-released-tp2"]
+CASES = ["ep2", "tp2", "pp2-stock", "dynmoe-ep2", "dynmoe-pp2", "mpp-ep2", "mpp-released-tp2", "threshold-tp2"]
 
 
 @pytest.mark.parametrize("case", CASES)

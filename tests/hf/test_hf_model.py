@@ -2,16 +2,17 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_dynmoe.hf.configuration_dynmoe import DynMoEHFConfig
-from megatron_dynmoe.hf.modeling_dynmoe import DynMoEForCausalLM, DynMoESparseMLP, select_experts
-from megatron_dynmoe.hf.router_dynmoe import select_any
+from megatron_dynmoe.hf.modeling_dynmoe import DynMoEForCausalLM, DynMoESparseMLP
+from megatron_dynmoe.hf.router_dynmoe import DynMoERouter
+from megatron_dynmoe.routers import GATES, RULES
 
 SMALL = {
     **{"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4},
@@ -28,10 +29,23 @@ SMALL = {
 }
 
 
-def rule(**changes) -> SimpleNamespace:
-    """A configuration of the routing rule alone."""
-    default = {"router_rule": "top-p", "top_p_threshold": 0.4, "num_experts_per_tok": 2}
-    return SimpleNamespace(**{**default, "max_experts_per_token": None, "normalize_router_weights": False, **changes})
+def rule(**changes) -> DynMoEHFConfig:
+    """A configuration whose routing rule is what counts."""
+    return DynMoEHFConfig(**(SMALL | changes))
+
+
+def select_experts(probs_TE: torch.Tensor, config: DynMoEHFConfig, thresholds_E: torch.Tensor | None = None):
+    """Weights and map of the model's router for scores that are given."""
+    router = DynMoERouter(config, probs_TE.shape[1])
+    gate = RULES[config.router_rule].gates or ("softmax",)
+    given = replace(GATES[gate[0]], function=lambda x_TD, *_: x_TD, scores=lambda logits_TC: logits_TC)
+    router.weight.data = torch.zeros(probs_TE.shape[1], 1)
+    if thresholds_E is not None:
+        router.thresholds.data = thresholds_E
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(GATES, gate[0], given)
+        _, weights_TE, map_TE, *_ = router(probs_TE)
+    return weights_TE.detach(), map_TE
 
 
 def small_model(**changes) -> DynMoEForCausalLM:
@@ -43,7 +57,7 @@ def tokens(rows: int = 2, length: int = 20) -> torch.Tensor:
     return torch.randint(0, 97, (rows, length), generator=torch.Generator().manual_seed(1))
 
 
-def select_by_loop(probs: list[float], config: SimpleNamespace) -> list[float]:
+def select_by_loop(probs: list[float], config: DynMoEHFConfig) -> list[float]:
     """The rule for one token as a loop: take the most probable expert while what was taken before is at most p."""
     order = sorted(range(len(probs)), key=lambda e: -probs[e])
     kept, taken = [], torch.tensor(0.0)
@@ -63,7 +77,8 @@ def select_by_loop(probs: list[float], config: SimpleNamespace) -> list[float]:
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize(("name", "p"), [("top-p", 0.0), ("top-p", 0.4), ("top-p", 0.9), ("top-k", 0.0)])
 def test_rule_against_a_loop(name: str, p: float, normalize: bool, cap: int | None) -> None:
-    config = rule(router_rule=name, top_p_threshold=p, normalize_router_weights=normalize, max_experts_per_token=cap)
+    own = {"top_p_threshold": p} if name == "top-p" else {"num_experts_per_tok": 2}
+    config = rule(router_rule=name, normalize_router_weights=normalize, max_experts_per_token=cap, **own)
     probs_TE = (2 * torch.randn(50, 8, generator=torch.Generator().manual_seed(2))).softmax(-1)
     weights_TE, map_TE = select_experts(probs_TE, config)
     want_TE = torch.tensor([select_by_loop(row.tolist(), config) for row in probs_TE])
@@ -90,8 +105,10 @@ def test_rule_by_hand(probs: list[float], p: float, kept: list[int]) -> None:
 @pytest.mark.parametrize("cap", [None, 1, 2])
 def test_top_any_against_a_loop(cap: int | None) -> None:
     scores_TE = torch.rand(60, 5, generator=torch.Generator().manual_seed(4))
-    thresholds_E = torch.tensor([0.3, 0.9, 0.6, 1.1, 0.7])
-    weights_TE, map_TE = select_any(scores_TE, thresholds_E, rule(max_experts_per_token=cap))
+    learned_E = torch.tensor([-0.8, 2.2, 0.4, 30.0, 0.8])
+    thresholds_E = learned_E.sigmoid()  # one of them is 1, which no score passes
+    config = rule(router_rule="top-any", router_gate="cosine", max_experts_per_token=cap)
+    weights_TE, map_TE = select_experts(scores_TE, config, learned_E)
     fell_back = 0
     for scores, weights, chosen in zip(scores_TE.tolist(), weights_TE, map_TE.tolist(), strict=True):
         wanted = [e for e in range(5) if scores[e] > thresholds_E[e]]

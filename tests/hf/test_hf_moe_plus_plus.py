@@ -14,7 +14,8 @@ from megatron_dynmoe.checkpoint import CheckpointError
 from megatron_dynmoe.hf.configuration_dynmoe import DynMoEHFConfig
 from megatron_dynmoe.hf.export import export
 from megatron_dynmoe.hf.modeling_dynmoe import DynMoEForCausalLM, DynMoESparseMLP
-from megatron_dynmoe.hf.router_dynmoe import CarriedLogits, weights_without_zero
+from megatron_dynmoe.hf.router_dynmoe import CarriedLogits
+from megatron_dynmoe.routers.route import weights_without_zero
 from tests.hf_checkpoints import ARGS, megatron_weights, write_checkpoint
 
 E, CONSTANT, COPY, ZERO = 4, 2, 1, 2

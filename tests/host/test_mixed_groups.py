@@ -10,8 +10,8 @@ from torch.nn import Parameter
 
 from megatron_dynmoe import host
 from megatron_dynmoe.config import ConfigError, DynMoEConfig
-from megatron_dynmoe.mcore.adaptation import ExpertAdaptation
-from megatron_dynmoe.mcore.config import check_config
+from megatron_dynmoe.mcore.checks import check_config
+from megatron_dynmoe.mcore.controllers import Driver
 from megatron_dynmoe.mcore.slots import Slice, check_optimizer, write
 from tests import ranks
 from tests.layouts import LAYOUTS, read_metrics, read_scalars
@@ -234,9 +234,9 @@ def test_an_optimizer_out_of_reach_is_refused_in_the_first_forward_step():
 
     chunk = torch.nn.Module()
     chunk.config = SimpleNamespace(grad_scale_func=Optimizer().scale_loss)
-    adaptation = ExpertAdaptation(DynMoEConfig(gate="cosine", rule="top-any", adaptive_experts=True))
+    driver = Driver(DynMoEConfig(gate="cosine", rule="top-any", adaptive_experts=True))
     with pytest.raises(ConfigError, match="--optimizer-cpu-offload keeps out of reach"):
-        adaptation.watch(chunk)
+        driver.before_pass(chunk)
 
 
 @pytest.mark.parametrize("kind", ["fp8", "fp4"])

@@ -32,17 +32,17 @@ def check_records_and_updates() -> None:
     import torch.distributed as dist
 
     from megatron_dynmoe import reference
-    from megatron_dynmoe.mcore.adaptation import ExpertAdaptation
+    from megatron_dynmoe.mcore.controllers import Driver
 
     _setup()
     for policy in ("keep", "fresh", "copy"):
         layer = _adaptive(added_expert_init=policy).train()
-        adaptation = ExpertAdaptation(layer.dynmoe, [layer])
+        driver = Driver(layer.dynmoe, (layer,))
         before = [_expert(layer, slot) for slot in range(E)]
         active = layer.router.experts_mask.clone()
         assert active.tolist() == [True, False, True, False]
         layer(_tokens(77))  # before the window: not recorded
-        adaptation.begin()
+        driver.call("begin")
         seeds = [10 * dist.get_rank() + batch for batch in range(3)]
         for seed in seeds:  # three micro-batches are one step; the first pass of a recompute has no gradients
             with torch.no_grad():
@@ -63,7 +63,7 @@ def check_records_and_updates() -> None:
             for owner in (torch.cuda, torch.cuda.random):
                 for name in ("manual_seed", "manual_seed_all", "set_rng_state", "set_rng_state_all"):
                     patch.setattr(owner, name, lambda *args, seeded=seeded: seeded.append(args))
-            (event,) = adaptation.end(iteration=1)
+            (event,) = driver.call("end", iteration=1)
         assert torch.equal(torch.get_rng_state(), numbers) and seeded == []
         assert event.unrouted == sum(not c for c in chosen) > 0
         assert event.removed == [e for e in range(E) if active[e] and not kept[e]]
@@ -73,7 +73,7 @@ def check_records_and_updates() -> None:
         assert layer.router.thresholds[slot] == 0
         assert int(layer.router.experts_mask.sum()) == sum(kept) + 1
         _same_on_all_ranks(layer.router.experts_mask, layer.router.weight.detach(), layer.router.thresholds.detach())
-        assert int(layer.router.recorded.rows_E.sum()) == 0
+        assert int(layer.router.recorded_rows_E.sum()) == 0
         after = [_expert(layer, e) for e in range(E)]
         nearest = (torch.nn.functional.normalize(layer.router.weight, dim=1) @ embedding).masked_fill(~active, -2)
         for e in range(E):

@@ -44,8 +44,7 @@ def apply_by_replacing(module, fn, recurse=True):
 
 def check_bare_layers() -> None:
     from benchmarks.gpu import layers
-    from megatron_dynmoe.config import DynMoEConfig
-    from megatron_dynmoe.presets import PRESETS
+    from megatron_dynmoe.config import PRESETS, DynMoEConfig
 
     layers.start_megatron()
     cases = [(fields, unit, {}) for fields in PRESETS.values() for unit in ("expert", "rank")]
@@ -64,8 +63,7 @@ def check_bare_layers() -> None:
 
 def check_bare_routers() -> None:
     from benchmarks.gpu import layers
-    from megatron_dynmoe.config import DynMoEConfig
-    from megatron_dynmoe.presets import PRESETS
+    from megatron_dynmoe.config import PRESETS, DynMoEConfig
 
     layers.start_megatron()
     with fake_cuda():

@@ -154,7 +154,7 @@ def check_refusals() -> None:
     import pytest
 
     from megatron_dynmoe.config import ConfigError, DynMoEConfig
-    from megatron_dynmoe.mcore.config import check_config
+    from megatron_dynmoe.mcore.checks import check_config
 
     _setup()
     refused = [

@@ -50,8 +50,8 @@ def check_layer_against_reference() -> None:
         def routing_of(x, layer=layer, dynmoe=dynmoe):
             learned = {name: getattr(layer.router, name) for name in layer.router.learned}
             routing = route(x, layer.router.weight, dynmoe, parameters=learned)
-            assert routing.free_map_TZ.any(dim=0).sum() >= 2 and routing.map_TE.any()
-            return routing.weights_TE, routing.free_weights_TZ
+            assert routing.map_TZ.any(dim=0).sum() >= 2 and routing.map_TE.any()
+            return routing.weights_TE, routing.weights_TZ
 
         x = torch.randn(S, B, D, requires_grad=True)
         out, _ = layer(x)

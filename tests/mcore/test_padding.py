@@ -5,12 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_dynmoe.config import DynMoEConfig
-from megatron_dynmoe.controllers import Records
-from megatron_dynmoe.losses import Totals, router_losses
+from megatron_dynmoe.config import PRESETS, DynMoEConfig
+from megatron_dynmoe.losses import Totals
 from megatron_dynmoe.metrics import RoutingStats
-from megatron_dynmoe.presets import PRESETS
 from megatron_dynmoe.routers import GATES, RULES, route
+from megatron_dynmoe.routers.adaptation import Records
+from megatron_dynmoe.routers.auxiliary import router_losses
+from megatron_dynmoe.routers.registry import Routed
 from tests import ranks
 
 T, D, E = 40, 16, 6
@@ -40,7 +41,8 @@ def _losses(routing, dynmoe, weight, active_E, tokens):
         routed_tokens=map_TC.any(dim=-1).sum().float(),
         ranks=1,
     )
-    return {name: loss for name, (_, loss) in router_losses(routing, dynmoe, totals, weight, active_E).items()}
+    routed = Routed(routing, dynmoe, totals, weight, active_E=active_E)
+    return {name: loss for name, (_, loss) in router_losses(routed).items()}
 
 
 @pytest.fixture(params=PRESETS)
@@ -62,7 +64,7 @@ def test_losses_are_those_of_the_other_tokens_alone(dynmoe, tokens):
     padded, weight, active_E = _routed(dynmoe, leaves[0])
     alone, _, _ = _routed(dynmoe, leaves[1])
     count = int(valid_T.sum())
-    found = _losses(padded.only(valid_T), dynmoe, weight, active_E, count)
+    found = _losses(padded.select(valid_T), dynmoe, weight, active_E, count)
     wanted = _losses(alone, dynmoe, weight, active_E, count)
     assert found.keys() == wanted.keys() and "z_loss" in found
     for losses in (found, wanted):
@@ -77,7 +79,7 @@ def test_what_padding_holds_does_not_matter(dynmoe, tokens):
     x_TD, valid_T = tokens
     x_TD = torch.where(valid_T.unsqueeze(-1), x_TD, torch.nan)
     routing, weight, active_E = _routed(dynmoe, x_TD)
-    losses = _losses(routing.only(valid_T), dynmoe, weight, active_E, int(valid_T.sum()))
+    losses = _losses(routing.select(valid_T), dynmoe, weight, active_E, int(valid_T.sum()))
     assert all(loss.isfinite() for loss in losses.values())
 
 
@@ -87,7 +89,8 @@ def test_records_and_statistics_count_the_other_tokens(tokens, buckets):
     dynmoe = DynMoEConfig.from_preset("dynmoe")
     padded, _, active_E = _routed(dynmoe, x_TD)
     padded.map_TE[::3] = False  # tokens that visit nobody, padded and not
-    alone = replace(padded, **{name: value[valid_T] for name, value in vars(padded).items() if value.dim()})
+    tensors = {n: v for n, v in vars(padded).items() if isinstance(v, torch.Tensor) and v.dim()}
+    alone = replace(padded, **{name: value[valid_T] for name, value in tensors.items()})
     records = [Records.empty(E, D, buckets=buckets) for _ in range(2)]
     records[0].add(x_TD, padded.map_TE, padded.scores_TC, active_E, valid_T)
     records[1].add(x_TD[valid_T], alone.map_TE, alone.scores_TC, active_E)

@@ -139,6 +139,7 @@ def test_refusals_of_files(tmp_path, model_file, capsys):
     for text, part in [
         ("", "no record of training"),
         ("{not json", "line 1"),
+        ("\n[1]", "line 2, is not a JSON object"),  # a line that is empty is none
         ('{"iteration": 1, "seconds_per_iteration": 2.0}', "experts_per_token_by_layer"),
     ]:
         metrics.write_text(text)

@@ -6,7 +6,8 @@ import random
 import pytest
 
 from megatron_dynmoe.planning import Histogram
-from megatron_dynmoe.planning.histogram import LayerRouting, spread, zipf_loads
+from megatron_dynmoe.planning.draws import spread, zipf_loads
+from megatron_dynmoe.planning.histogram import LayerRouting
 
 
 def simulate(layer: LayerRouting, group: int, tokens: int) -> tuple[list[int], list[int]]:

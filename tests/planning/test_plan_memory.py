@@ -6,10 +6,9 @@ Nothing is computed and no rank is started: collectives do nothing, and the coun
 import pytest
 import torch
 
-from megatron_dynmoe.config import DynMoEConfig
+from megatron_dynmoe.config import PRESETS, DynMoEConfig
 from megatron_dynmoe.planning import Model
 from megatron_dynmoe.planning.memory import LayerRows, index_bytes, moe_token_bytes, row_bytes, token_bytes
-from megatron_dynmoe.presets import PRESETS
 from tests import ranks
 
 T, D, F, E, R = 2048, 512, 1024, 16, 8
@@ -84,7 +83,7 @@ def kept_by(dynmoe: DynMoEConfig) -> int:
         layer = dynamic_layer_spec(_spec(made), dynmoe).submodules.mlp(config=made, layer_number=1)
     layer.set_layer_number(1)
     if dynmoe.adaptive_experts:
-        layer.router.set_schedule(recording=True)
+        layer.router.take([layer.router.dynmoe.record_from, 1])  # a window is open
     hidden = {"dtype": made.params_dtype, "device": "meta", "requires_grad": True}
     x = torch.empty(T, 1, D, **hidden)
     if dynmoe.gating_residual:

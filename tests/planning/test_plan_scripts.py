@@ -182,6 +182,7 @@ def check_nodes() -> None:
             assert not leaves_node(pairs[0], cpu)
         if rank > 0:
             assert leaves_node(pairs[1], cpu)
+    dist.barrier()  # rank 0 serves the store that the others still need
     check_dispatcher()
 
 

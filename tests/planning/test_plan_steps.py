@@ -25,21 +25,15 @@ def machine(**changes) -> Cluster:
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_parameters_of_all_ranks_are_the_models(tied):
-    from megatron_dynmoe.metrics import ModelShape
-
-    model = small(moe=(False, True, True, True), shared_width=16, tied=tied)
-    shape = ModelShape(
-        layers=4, moe_layers=3, width=64, heads=4, head_width=16, query_groups=2, dense_width=96, expert_width=32,
-        experts=8, vocabulary=256, shared_width=16, tied=tied,
-    )  # fmt: skip
+    model = small(moe=(False, True, True, True), shared_width=16, tied=tied, router_extra=70)
     one = Layout(tensor=1, pipeline=1, expert=1, data=1, micro_batches=1)
     held = parameters(model, one, 0)
-    assert held.dense + held.experts == shape.total
-    assert held.experts == shape.total - shape.without_experts
+    assert held.dense + held.experts == model.total
+    assert held.experts == model.total - model.without_experts
     # two stages, experts over two ranks, everything else over two: what is on every rank is counted once too often
     two = Layout(tensor=2, pipeline=2, expert=2, data=1, micro_batches=1)
     stages = [parameters(model, two, stage) for stage in range(2)]
-    replicated = 3 * 8 * 64 + 9 * 64
+    replicated = 3 * (8 * 64 + 70) + 9 * 64
     copy = 256 * 64 if tied else 0
     assert sum(2 * stage.dense for stage in stages) == held.dense + replicated + copy
     assert sum(2 * stage.experts for stage in stages) == held.experts

@@ -221,8 +221,8 @@ def test_refusals_of_files(tmp_path, capsys, text, parts):
 
 
 def refused(capsys, argv, parts):
-    """Exit code 2 and one line with all ``parts``."""
-    assert plot_experts.main(list(map(str, argv))) == 2
+    """Exit code 1 and one line with all ``parts``."""
+    assert plot_experts.main(list(map(str, argv))) == 1
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1
     assert all(part in err for part in parts), err

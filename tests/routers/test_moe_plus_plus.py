@@ -28,10 +28,10 @@ def test_columns_are_split_and_the_residual_is_added():
     probs = torch.softmax(logits, dim=-1)
     chosen = [reference.top_k_set(row, 2) for row in probs.tolist()]
     assert [set(row.nonzero().flatten().tolist()) for row in routing.map_TC] == chosen
-    assert routing.map_TE.shape == (T, E) and routing.free_map_TZ.shape == (T, Z)
-    weights = torch.cat([routing.weights_TE, routing.free_weights_TZ], dim=1)
+    assert routing.map_TE.shape == (T, E) and routing.map_TZ.shape == (T, Z)
+    weights = torch.cat([routing.weights_TE, routing.weights_TZ], dim=1)
     torch.testing.assert_close(weights, probs * routing.map_TC, rtol=1e-12, atol=1e-14)
-    assert routing.free_map_TZ.any() and not routing.free_map_TZ.all()
+    assert routing.map_TZ.any() and not routing.map_TZ.all()
 
 
 def test_gradients_flow_back_along_the_chain():
@@ -40,7 +40,7 @@ def test_gradients_flow_back_along_the_chain():
 
     def weights(x, weight, gate_map, previous):
         routing = route(x, weight, PAPER, parameters={"gate_map": gate_map}, previous_TC=previous)
-        return routing.weights_TE, routing.free_weights_TZ, routing.logits_TC
+        return routing.weights_TE, routing.weights_TZ, routing.logits_TC
 
     inputs = [tensor.requires_grad_() for tensor in (x, weight, gate_map, previous)]
     # a step of 1e-6 does not move the map: the nearest decision is further away with these seeds
@@ -56,7 +56,7 @@ def test_the_released_gate():
         chosen = reference.top_k_set(row.tolist(), 2)
         kept = chosen - {C - 1}
         total = sum(row[e] for e in kept)
-        weights = torch.cat([routing.weights_TE[t], routing.free_weights_TZ[t]])
+        weights = torch.cat([routing.weights_TE[t], routing.weights_TZ[t]])
         expected = torch.tensor([row[e] / total if e in kept else 0.0 for e in range(C)], dtype=torch.float64)
         torch.testing.assert_close(weights, expected, rtol=1e-10, atol=1e-14)
         assert {*routing.map_TC[t].nonzero().flatten().tolist()} == chosen
@@ -78,7 +78,7 @@ def test_mixtral_gating_is_normalised_weights():
     x, weight = draw(T, D), draw(C, D, seed=1)
     routing = route(x, weight, config)
     masked = routing.logits_TC.masked_fill(~routing.map_TC, -torch.inf).softmax(dim=-1)
-    weights = torch.cat([routing.weights_TE, routing.free_weights_TZ], dim=1)
+    weights = torch.cat([routing.weights_TE, routing.weights_TZ], dim=1)
     torch.testing.assert_close(weights, masked, rtol=1e-12, atol=0)
 
 
@@ -110,7 +110,7 @@ def test_drops_are_counted_and_only_in_training():
     free, bounded = route(x, weight, PAPER), route(x, weight, config)
     assert int(bounded.dropped) == int(free.map_TC.sum() - bounded.map_TC.sum()) > 0
     ffn, other = capacities(T, E, config)
-    assert int(bounded.map_TE.sum(dim=0).max()) <= ffn and int(bounded.free_map_TZ.sum(dim=0).max()) <= other
+    assert int(bounded.map_TE.sum(dim=0).max()) <= ffn and int(bounded.map_TZ.sum(dim=0).max()) <= other
     assert int(bounded.cut) == 0
     assert torch.equal(route(x, weight, config, training=False).map_TC, free.map_TC)
 
@@ -121,7 +121,7 @@ def test_the_memory_guard_counts_ffn_rows_alone():
     free = route(x, weight, DynMoEConfig.from_preset("moe-plus-plus", topk=6))
     routing = route(x, weight, config)
     assert int(routing.map_TE.sum()) == 80 < int(free.map_TE.sum())
-    assert torch.equal(routing.free_map_TZ, free.free_map_TZ)
+    assert torch.equal(routing.map_TZ, free.map_TZ)
     assert int(routing.cut) == int(free.map_TE.sum()) - 80
 
 
@@ -130,7 +130,7 @@ def test_other_rules_choose_among_all_columns(fields):
     config = DynMoEConfig(zero_experts=1, copy_experts=1, constant_experts=2, **fields)
     parameters = {"thresholds": torch.full((C,), 0.1, dtype=torch.float64)} if "gate" in fields else {}
     routing = route(draw(T, D), draw(C, D, seed=1), config, parameters=parameters)
-    assert routing.map_TC.shape == (T, C) and routing.free_map_TZ.any() and routing.map_TE.any()
+    assert routing.map_TC.shape == (T, C) and routing.map_TZ.any() and routing.map_TE.any()
 
 
 def test_balance_against_the_reference():

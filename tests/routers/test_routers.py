@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from megatron_dynmoe import reference
-from megatron_dynmoe.config import NAMES, DynMoEConfig
-from megatron_dynmoe.routers import GATES, RULES, register_rule, route
+from megatron_dynmoe.config import ConfigError, DynMoEConfig
+from megatron_dynmoe.routers import RULES, register_rule, route
 from megatron_dynmoe.routers.route import cap_experts, finish_weights
 
 HAND = torch.tensor([[0.5, 0.3, 0.15, 0.05]])
@@ -128,14 +128,10 @@ def test_registry_refuses_duplicates_and_extends_what_the_config_accepts():
     with pytest.raises(ValueError, match="top-p"):
         register_rule("top-p")(lambda scores, config: scores > 0)
     try:
-        register_rule("threshold")(lambda scores_TE, config: scores_TE > 0.2)
-        routing = route(torch.randn(30, 8), torch.randn(4, 8), DynMoEConfig(rule="threshold"))
+        register_rule("above")(lambda scores_TE, config: scores_TE > 0.2)
+        routing = route(torch.randn(30, 8), torch.randn(4, 8), DynMoEConfig(rule="above"))
         assert torch.equal(routing.map_TE, routing.scores_TC > 0.2)
     finally:
-        RULES.pop("threshold")
-        NAMES["rule"].remove("threshold")
-
-
-def test_built_in_names_are_those_registered():
-    assert sorted(GATES) == sorted(NAMES["gate"])
-    assert sorted(RULES) == sorted(NAMES["rule"])
+        RULES.pop("above")
+    with pytest.raises(ConfigError, match="'above'; accepted: one of "):
+        DynMoEConfig(rule="above")

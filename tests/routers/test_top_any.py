@@ -1,24 +1,19 @@
 """DynMoE's gate and rule: by hand, against reference.py, gradients by a derivation, what is not chosen, losses."""
 
 import math
-from dataclasses import fields
 
 import pytest
 import torch
 
 from megatron_dynmoe import reference
 from megatron_dynmoe.config import DynMoEConfig
-from megatron_dynmoe.losses import (
-    DIVERSITY_SMOOTHING,
-    Totals,
-    diversity_loss,
-    efficiency_loss,
-    has_losses,
-    load_balance_loss,
-    router_losses,
-    simplicity_loss,
-)
+from megatron_dynmoe.losses import Totals, load_balance_loss
 from megatron_dynmoe.routers import route
+from megatron_dynmoe.routers.auxiliary import losses_of, router_losses
+from megatron_dynmoe.routers.cosine import DIVERSITY_SMOOTHING, diversity_loss, simplicity_loss
+from megatron_dynmoe.routers.registry import Routed
+from megatron_dynmoe.routers.router_config import all_fields
+from megatron_dynmoe.routers.top_any import efficiency_loss
 
 CONFIG = DynMoEConfig(gate="cosine", rule="top-any", cosine_scale=2.0)
 
@@ -200,14 +195,14 @@ def test_ranks_shares_of_all_losses_add_up():
     results = []
     for part, ranks in zip(parts, (1, 2, 2), strict=True):
         totals = Totals(whole.sum(dim=0).double(), torch.tensor(50.0), whole.any(dim=1).sum().double(), ranks)
-        results.append(router_losses(part, config, totals, weight))
+        results.append(router_losses(Routed(part, config, totals, weight)))
     assert len(results[0]) == 4
     for name, (_, loss) in results[0].items():
         # one float64 sum against the sum of two
         assert loss.item() == pytest.approx((results[1][name][1] + results[2][name][1]).item(), rel=1e-12), name
 
 
-LOSSES = [field.name for field in fields(DynMoEConfig) if field.name.endswith("_coeff")]
+LOSSES = [field.name for field in all_fields(DynMoEConfig) if field.name.endswith("_coeff")]
 
 
 @pytest.mark.parametrize("coeff", [None, *LOSSES])
@@ -217,5 +212,5 @@ def test_nobody_counts_where_no_loss_is_on(coeff):
     x, weight, parameters = problem()
     routing = route(x, weight, config, parameters=parameters)
     totals = Totals(routing.map_TE.sum(dim=0), torch.tensor(50.0), torch.tensor(50.0), 1)
-    losses = router_losses(routing, config, totals, weight)
-    assert len(losses) == int(has_losses(config)) == int(coeff is not None)
+    losses = router_losses(Routed(routing, config, totals, weight))
+    assert len(losses) == len(losses_of(config)) == int(coeff is not None)

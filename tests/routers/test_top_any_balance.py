@@ -5,8 +5,10 @@ import torch
 
 from megatron_dynmoe import reference
 from megatron_dynmoe.config import DynMoEConfig
-from megatron_dynmoe.losses import Totals, router_losses
+from megatron_dynmoe.losses import Totals
 from megatron_dynmoe.routers import route
+from megatron_dynmoe.routers.auxiliary import router_losses
+from megatron_dynmoe.routers.registry import Routed
 from tests import ranks
 from tests.routers.test_top_any import problem
 
@@ -21,7 +23,7 @@ def _problem(dtype=torch.float64):
 
 def _loss(x, weight, thresholds, totals):
     routing = route(x, weight, CONFIG, parameters={"thresholds": thresholds})
-    return router_losses(routing, CONFIG, totals, weight)["load_balancing_loss"][1]
+    return router_losses(Routed(routing, CONFIG, totals, weight))["load_balancing_loss"][1]
 
 
 def _totals(x, weight, thresholds, ranks=1):
@@ -58,7 +60,7 @@ def test_the_formula_by_hand():
     weight = torch.eye(2, dtype=torch.float64)
     routing = route(x, weight, config, parameters={"thresholds": thresholds})
     totals = Totals(torch.tensor([2.0, 1.0]), torch.tensor(2.0), torch.tensor(2.0), 1)
-    loss = router_losses(routing, config, totals, weight)["load_balancing_loss"][1]
+    loss = router_losses(Routed(routing, config, totals, weight))["load_balancing_loss"][1]
     assert loss.item() == pytest.approx(2 * (0.75 + 0.5 * 0.25))
     (gradient,) = torch.autograd.grad(loss, thresholds)
     assert gradient.tolist() == pytest.approx([-1 / 32, 1 / 32], rel=1e-12)

@@ -38,7 +38,7 @@ class Case:
 
 def cases(*, brief: bool = False) -> list[Case]:
     """Every preset and unit, with each thing that changes the way of a token; ``brief``: what changes little apart."""
-    from megatron_dynmoe.presets import PRESETS
+    from megatron_dynmoe.config import PRESETS
 
     found = []
     for preset, fields in PRESETS.items():
@@ -115,7 +115,7 @@ def build(case: Case, layout: Layout, **extra: Any) -> torch.nn.Module:
     block = TransformerBlock(config, dynamic_layer_spec(spec, dynmoe)).cuda()
     for layer in block.layers:
         if dynmoe.adaptive_experts:
-            layer.mlp.router.set_schedule(recording=True)
+            layer.mlp.router.take([layer.mlp.router.dynmoe.record_from, 1])  # a window is open
     return block
 
 

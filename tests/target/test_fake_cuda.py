@@ -24,7 +24,7 @@ def run_bare_layer(case: Case) -> None:
     elsewhere = [name for name, tensor in tensors if tensor.device != FAKE]
     assert not elsewhere, f"made elsewhere than on the device: {elsewhere}"
     if dynmoe.adaptive_experts:
-        layer.router.set_schedule(recording=True)
+        layer.router.take([layer.router.dynmoe.record_from, 1])  # a window is open
     x, _, padding = inputs(LAYOUT, FAKE)
     for _ in range(2 if dynmoe.gating_residual else 1):
         layer.previous = layer.carried

@@ -57,7 +57,7 @@ def fp8_settings(recipe: str | None) -> dict[str, Any]:
 
 def build(preset: str, recipe: str | None, extra: str = "plain", *, expert_ranks: int = 2):
     """The layer on two ranks; the same weights whatever the recipe."""
-    from megatron_dynmoe.presets import PRESETS
+    from megatron_dynmoe.config import PRESETS
 
     theirs, ours = LAYERS[extra]
     if recipe is None:

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from megatron_dynmoe.presets import PRESETS
+from megatron_dynmoe.config import PRESETS
 from megatron_dynmoe.programs import export_hf
 from tests import ranks
 from tests.te import fp8_layers

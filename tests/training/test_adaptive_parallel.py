@@ -43,7 +43,7 @@ def pretrain(argv, out):
     """The training entry; what each rank's routers hold at the end goes to ``out``."""
     from dataclasses import replace
 
-    from megatron_dynmoe.mcore.adaptation import ExpertAdaptation
+    from megatron_dynmoe.mcore.controllers import Driver
     from megatron_dynmoe.routers import RULES
 
     thresholds = torch.zeros(8)
@@ -51,38 +51,37 @@ def pretrain(argv, out):
     thresholds[2] = 0.1
     start = replace(RULES["top-any"], parameters=lambda *_: {"thresholds": thresholds.clone()})
     RULES["top-any"] = start
-    check_every_update(ExpertAdaptation)
+    check_every_update()
     try:
         return ranks.pretrain(argv)
     finally:
-        (adaptation,) = [thing for thing in gc.get_objects() if isinstance(thing, ExpertAdaptation)]
-        names = ("experts_mask", "weight", "thresholds", "recorded_rows_E", "recorded_sums_BD")
+        (driver,) = [thing for thing in gc.get_objects() if isinstance(thing, Driver)]
+        names = ("experts_mask", "weight", "thresholds", "recorded_rows_E", "recorded_sums_BD", "schedule")
         state = {
             layer.router.layer_number - 1: {name: getattr(layer.router, name).detach().clone() for name in names}
-            | {"schedule": torch.tensor([layer.router.steps, layer.router.recording])}
-            for layer in adaptation.layers
+            for layer in driver.layers
         }
         torch.save(state, out / f"state{torch.distributed.get_rank()}.pt")
 
 
-def check_every_update(adaptation_class):
+def check_every_update():
     """After each update: the optimizer's copy of a new slot is the model's, and its moments are zero."""
     from megatron_dynmoe.mcore.slots import Slice, expert_weights, main_copies
+    from megatron_dynmoe.routers.adaptation import Adaptation
 
-    update = adaptation_class._update
+    update = Adaptation._update
 
-    def checked(self, iteration):
-        events = update(self, iteration)
-        for layer, event in zip(self.layers, events, strict=True):
-            for slot in event.added:
-                new = [Slice(layer.router.weight, slot), Slice(layer.router.thresholds, slot)]
-                if slot in layer.local_expert_indices:
-                    new += expert_weights(layer.experts, slot - layer.local_expert_indices[0])
-                for where in new:
-                    check_slice(where, list(main_copies(self.optimizer(), where.parameter)))
-        return events
+    def checked(self, state, step):
+        event, layer = update(self, state, step), step.experts.layer
+        for slot in event.added:
+            new = [Slice(layer.router.weight, slot), Slice(layer.router.thresholds, slot)]
+            if slot in layer.local_expert_indices:
+                new += expert_weights(layer.experts, slot - layer.local_expert_indices[0])
+            for where in new:
+                check_slice(where, list(main_copies(step.experts.optimizer, where.parameter)))
+        return event
 
-    adaptation_class._update = checked
+    Adaptation._update = checked
 
 
 def check_slice(where, copies):

@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from megatron_dynmoe.routers import GATES, PRESETS, RULES
+from megatron_dynmoe.routers.registry import methods
 from tests import flag_cases, ranks
 from tests.layouts import flags
 
@@ -37,6 +39,11 @@ def test_help(tried):
     code, text = tried["help"]
     assert code == 0
     assert "--moe-top-p" in text and "--tensor-model-parallel-size" in text
+    said = "".join(text.split())  # argparse breaks lines at hyphens, too
+    for _, name, method in methods():  # each says for itself what it is
+        assert method.about and "".join(f"'{name}': {method.about}".split()) in said
+    for names in (GATES, RULES, PRESETS):
+        assert "{" + ",".join(names) + "}" in text
     assert "100%" in text and "100%%" not in text  # percent signs that megatron escaped stay one
 
 

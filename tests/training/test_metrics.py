@@ -5,11 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_dynmoe.metrics import ModelShape, RoutingStats
+from megatron_dynmoe.metrics import RoutingStats
+from megatron_dynmoe.model_shape import ModelShape
 
 # Dynamic MoE, arXiv 2403.07652: 24 layers of width 1024, 16 heads of 64, LLaMA-2 vocabulary, experts of width 2816.
 PAPER = {
-    "layers": 24,
     "width": 1024,
     "heads": 16,
     "head_width": 64,
@@ -24,7 +24,7 @@ def routing(map_TE, free_TZ=None, cut=0, dropped=0):
     """A routing as far as statistics read it."""
     free_TZ = torch.zeros(len(map_TE), 0, dtype=torch.bool) if free_TZ is None else torch.tensor(free_TZ)
     counts = {"cut": torch.tensor(cut), "dropped": torch.tensor(dropped)}
-    return SimpleNamespace(map_TE=torch.as_tensor(map_TE), free_map_TZ=free_TZ, **counts)
+    return SimpleNamespace(map_TE=torch.as_tensor(map_TE), map_TZ=free_TZ, **counts)
 
 
 def test_statistics_by_hand():
@@ -67,8 +67,8 @@ def test_percentile_counts_from_the_bottom():
 
 
 def test_parameter_counts_of_the_paper():
-    dense = ModelShape(moe_layers=0, experts=0, **PAPER)
-    moe = ModelShape(moe_layers=24, experts=16, **PAPER)
+    dense = ModelShape(moe=(False,) * 24, experts=0, **PAPER)
+    moe = ModelShape(moe=(True,) * 24, experts=16, **PAPER)
     assert round(dense.total / 1e6) == 374
     assert round(moe.total / 1e9, 1) == 3.5
     assert round(moe.activated(1) / 1e6) == 374

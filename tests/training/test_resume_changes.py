@@ -7,7 +7,6 @@ import threading
 import time
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -15,15 +14,17 @@ import pytest
 from megatron_dynmoe.checkpoint import CheckpointError
 from megatron_dynmoe.checkpoint.compare import (
     MODEL,
-    ROUTING,
     SHAPES,
-    TRAINING,
     check_function,
     check_tokenizer,
     check_vocabulary,
+    routing_arguments,
 )
 from megatron_dynmoe.checkpoint.lock import LOCK, hold
-from megatron_dynmoe.config import DynMoEConfig, dest_of
+from megatron_dynmoe.config import DynMoEConfig
+from megatron_dynmoe.routers.registry import fields_of, methods
+from megatron_dynmoe.routers.router_config import all_fields
+from megatron_dynmoe.routers.settings import dest_of_field
 from tests import ranks
 from tests.layouts import flags, read_metrics
 
@@ -34,16 +35,29 @@ def args(**changes) -> Namespace:
     return Namespace(**(fields | changes))
 
 
-def test_every_field_of_the_configuration_is_in_one_list() -> None:
-    names = [dest_of(field.name) for field in fields(DynMoEConfig)]
-    assert sorted(ROUTING + TRAINING) == sorted(names)
-    assert not {*ROUTING, *TRAINING} & {*MODEL, *SHAPES}
+# What a resumed run may change: losses, schedules, bounds while training, who computes.
+FREE = """
+moe_aux_loss_coeff moe_entropy_coeff moe_diversity_coeff moe_simplicity_coeff moe_efficiency_coeff moe_z_loss_coeff
+moe_input_jitter_eps moe_max_rows moe_max_rows_per_token moe_tau moe_capacity_gamma moe_initial_experts moe_record_from
+moe_update_at moe_update_period moe_max_added_experts moe_added_expert_init moe_expert_backend moe_dispatch_unit
+moe_fp8_recipe moe_fp8_format moe_fp8_emulate fp8_margin fp8_amax_history_len fp8_amax_compute_algo fp8_wgrad
+""".split()
 
 
-@pytest.mark.parametrize("name", ROUTING + MODEL)
+def test_what_a_resumed_run_may_change_is_said_at_the_setting() -> None:
+    names = {dest_of_field(field) for field in all_fields(DynMoEConfig)}
+    assert sorted(names - set(routing_arguments())) == sorted(FREE)
+    assert not names & {*MODEL, *SHAPES}
+
+
+def readers() -> dict[str, dict[str, str]]:
+    """For each setting of a method, arguments that choose one that reads it."""
+    return {dest_of_field(f): {f"moe_{kind}": name} for kind, name, method in methods() for f in fields_of(method)}
+
+
+@pytest.mark.parametrize("name", [*routing_arguments(), *MODEL])
 def test_a_change_of_function_is_refused_or_allowed(name: str) -> None:
-    reader = {"moe_rule": "top-k"} if name == "moe_router_topk" else {}
-    reader |= {"moe_gate": "cosine"} if "cosine" in name else {}
+    reader = readers().get(name, {})
     saved, given = args(**(reader | {name: "old"})), args(**(reader | {name: "new"}))
     with pytest.raises(CheckpointError, match=r"is 'new', saved 'old'.*--moe-allow-routing-change"):
         check_function(saved, given, allow=False)
@@ -54,6 +68,8 @@ def test_what_is_the_same_or_not_read_passes() -> None:
     assert check_function(args(), args(moe_layer_freq=[1, 0, 1, 0]), allow=False) == []
     assert check_function(args(), args(moe_router_topk=1), allow=False) == []  # top-p does not read it
     assert check_function(args(), args(moe_aux_loss_coeff=0.2), allow=False) == []
+    # accepted beside another gate by earlier versions, which stood in checkpoints then
+    assert check_function(args(moe_cosine_scale=2.0), args(moe_cosine_scale=1.0), allow=False) == []
     older = args()
     del older.rotary_base  # from a version without the argument
     assert check_function(older, args(), allow=False) == []

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_dynmoe import reference
-from megatron_dynmoe.controllers import Change, Records, Schedule, adapt, initial_mask, slot_order
+from megatron_dynmoe.routers.adaptation import Change, Records, Schedule, adapt, initial_mask, slot_order
 
 
 def test_schedule_is_in_iterations():

@@ -7,10 +7,13 @@ flag of their own, ``--moe-fp8-recipe``, and everything else stays in the model'
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_dynmoe.config import ConfigError, DynMoEConfig, flag_of
+from megatron_dynmoe.checks import refuse
+from megatron_dynmoe.config import ConfigError, DynMoEConfig, dest_of
 from megatron_dynmoe.experts.fp8 import Fp8Recipe
 from megatron_dynmoe.experts.fp8_rowwise import MULTIPLE
 
@@ -85,6 +88,5 @@ def _check_kernel(config: TransformerConfig, dynmoe: DynMoEConfig, recipe: Fp8Re
             _refuse(dynmoe, "fp8_recipe", reason, "change it, or set --moe-fp8-emulate")
 
 
-def _refuse(dynmoe: DynMoEConfig, name: str, reason: str, instead: str) -> None:
-    value = getattr(dynmoe, name)
-    raise ConfigError(f"{flag_of(name)} is {value!r}, which cannot be honoured: {reason}; {instead}.")
+def _refuse(dynmoe: DynMoEConfig, name: str, reason: str, instead: str) -> NoReturn:
+    refuse(dest_of(name), getattr(dynmoe, name), reason, instead)

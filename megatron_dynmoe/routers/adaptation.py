@@ -1,4 +1,4 @@
-"""What moves between steps: DynMoE's adaptive number of experts (Guo et al. 2024, arXiv 2405.14297, section 3.2).
+"""DynMoE's adaptive number of experts (Guo et al. 2024, arXiv 2405.14297, section 3.2), the controller of 'top-any'.
 
 Experts are slots, a mask says which are active.  Over a window of iterations it is recorded how many tokens each expert
 received, and what the tokens looked like that activated nobody.  At the end of the window slots that received nothing
@@ -8,10 +8,18 @@ are deactivated, and slots are activated for the tokens that went without.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
+
+from megatron_dynmoe.errors import ConfigError
+from megatron_dynmoe.routers.controller import Controller, Seen, State, Step
+
+if TYPE_CHECKING:
+    from megatron_dynmoe.routers.router_config import RouterConfig
 
 
 @dataclass(frozen=True)
@@ -161,3 +169,138 @@ def adapt(active_E: Tensor, records: Records, weight_ED: Tensor, *, max_added: i
         similar=cosines_AE.argmax(dim=-1).tolist(),
         unrouted=sum(unrouted),
     )
+
+
+@dataclass(frozen=True)
+class Event:
+    """One layer's update: slots ``removed`` and ``added`` after ``iteration``, ``active`` experts then.
+
+    ``unrouted`` tokens of the window had activated nobody.  Layers count from 0.
+    """
+
+    iteration: int
+    layer: int
+    removed: list[int]
+    added: list[int]
+    active: int
+    unrouted: int
+
+    def __str__(self) -> str:
+        parts = (("removed", self.removed), ("added", self.added))
+        done = [f"{verb} {', '.join(map(str, slots))}" for verb, slots in parts if slots]
+        return f"[experts] iteration {self.iteration}: layer {self.layer}: {'; '.join(done) or 'no change'}; " + (
+            f"{self.active} experts active"
+        )
+
+
+class Adaptation(Controller):
+    """Records and updates on the schedule of the configuration, or by hand where --moe-update-period is 0.
+
+    By hand: :meth:`begin` and :meth:`end` through :meth:`megatron_dynmoe.mcore.controllers.Driver.call`.
+
+    State: ``experts_mask`` bool [E]; ``recorded_*``, the :class:`Records` of the window up to the last step;
+    ``schedule``, int64: training iterations seen, and whether what comes is recorded.
+
+    Raises:
+        ConfigError: more experts are to be active at the start than there are slots.
+    """
+
+    reads: ClassVar[tuple[str, ...]] = ("schedule",)
+    events: ClassVar[str] = "expert_changes"
+    flag: ClassVar[str] = "--moe-adaptive-experts"
+    writes: ClassVar[bool] = True
+
+    def __init__(self, config: RouterConfig, columns: int, width: int) -> None:
+        super().__init__(config, columns, width)
+        self.plan = Schedule(config.record_from, config.update_at, config.update_period)
+        initial = config.initial_experts
+        if initial is not None and initial > columns:
+            raise ConfigError(
+                f"--moe-initial-experts is {initial}; accepted: at most --num-experts, which is {columns}."
+            )
+
+    @classmethod
+    def wanted(cls, config: RouterConfig) -> bool:
+        """With --moe-adaptive-experts."""
+        return config.adaptive_experts
+
+    def state(self) -> dict[str, Tensor | float | list[int]]:
+        """Mask, records, schedule."""
+        mask_E = initial_mask(self.columns, self.config.initial_experts)
+        return {"experts_mask": mask_E} | self.counts() | {"schedule": [0, 0]}
+
+    def counts(self) -> dict[str, Tensor]:
+        """Records of the step."""
+        buckets = 1 if self.config.max_added_experts == 1 else self.columns
+        empty = Records.empty(self.columns, self.width, buckets=buckets)
+        return {f"recorded_{name}": value for name, value in vars(empty).items()}
+
+    def active(self, state: State) -> Tensor:
+        """The mask."""
+        return state["experts_mask"]
+
+    def observes(self, host: Mapping[str, Any]) -> bool:
+        """While a window is open."""
+        steps, recording = host["schedule"]
+        return self.plan.records(steps) if self.plan.period > 0 else bool(recording)
+
+    def observe(self, counts: State, seen: Seen) -> None:
+        """Add these tokens to the records of the step."""
+        routing = seen.routing
+        _records(counts).add(seen.x_TD, routing.map_TE, routing.scores_TC, seen.state["experts_mask"], seen.valid_T)
+
+    def after_step(self, state: State, totals: State, step: Step) -> Event | None:
+        """Take in what was recorded, update if it is time, move on in the schedule."""
+        steps, event = step.host["schedule"][0], None
+        if self.observes(step.host):
+            self._take(state, totals)
+            if self.plan.updates(steps):
+                event = self._update(state, step)
+        state["schedule"][0] += 1
+        if self.plan.period > 0:
+            state["schedule"][1] = self.plan.records(steps + 1)
+        return event
+
+    def begin(self, state: State, totals: State, step: Step) -> None:
+        """By hand: start recording."""
+        self._clear(state)
+        state["schedule"][1] = 1
+
+    def end(self, state: State, totals: State, step: Step) -> Event:
+        """By hand: stop recording, remove and add experts."""
+        self._take(state, totals)
+        state["schedule"][1] = 0
+        return self._update(state, step)
+
+    def report(self, state: State) -> dict[str, Tensor]:
+        """How many experts are active."""
+        return {"active_experts": state["experts_mask"].sum()}
+
+    def _take(self, state: State, totals: State) -> None:
+        for name, total in totals.items():
+            state[name].add_(total)
+
+    def _clear(self, state: State) -> None:
+        for value in vars(_records(state)).values():
+            value.zero_()
+
+    def _update(self, state: State, step: Step) -> Event:
+        mask_E, experts = state["experts_mask"], step.experts
+        weight_ED = experts.parameter("weight")
+        change = adapt(mask_E, _records(state), weight_ED, max_added=self.config.max_added_experts)
+        if change.embeddings_AD is not None:
+            for slot, embedding, similar in zip(change.added, change.embeddings_AD, change.similar, strict=True):
+                experts.write("weight", slot, embedding)
+                experts.write("thresholds", slot, embedding.new_zeros(()))
+                if self.config.added_expert_init == "fresh":
+                    experts.fresh(slot, step.host["schedule"][0])
+                elif self.config.added_expert_init == "copy":
+                    experts.copy(slot, similar)
+        change.apply(mask_E)
+        self._clear(state)
+        active = int(mask_E.sum())
+        return Event(step.iteration, step.layer, change.removed, change.added, active, change.unrouted)
+
+
+def _records(tensors: State) -> Records:
+    return Records(*(tensors[f"recorded_{name}"] for name in ("rows_E", "unrouted_B", "sums_BD")))
