@@ -30,8 +30,8 @@ class ConfigError(UserError):
     """A value that cannot work; the message names the field, the value and what would be accepted."""
 
 
-def one_sentence(program: str) -> Callable[[Main], Main]:
-    """A program's ``main`` that ends with one sentence on stderr where the user can mend it, and exit code 1.
+def one_sentence(program: str, *, code: int = 1) -> Callable[[Main], Main]:
+    """A program's ``main`` that ends with one sentence on stderr where the user can mend it, and exit code ``code``.
 
     Ctrl-C is 130; what it left behind, a program says as the text of the KeyboardInterrupt.  Faults keep their
     traceback.
@@ -49,7 +49,7 @@ def one_sentence(program: str) -> Callable[[Main], Main]:
                 if (sentence := user_sentence(error)) is None:
                     raise
                 print(f"{program}: {sentence}", file=sys.stderr)
-                return 1
+                return code
             except KeyboardInterrupt as stop:
                 print(f"{program}: interrupted; {stop}" if str(stop) else f"{program}: interrupted", file=sys.stderr)
                 return 130

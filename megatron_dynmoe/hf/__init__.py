@@ -1,4 +1,4 @@
-"""Hugging Face side: the model (`trust_remote_code`), and the export of megatron's distributed checkpoints to it."""
+"""Hugging Face side: the model (`trust_remote_code`), the export of distributed checkpoints to it, and the import."""
 
 from importlib import import_module
 
@@ -9,6 +9,8 @@ _HOMES = {
     "DynMoEForCausalLM": "modeling_dynmoe",
     "export": "export",
     "ExportError": "errors",
+    "import_model": "importing",
+    "HFImportError": "errors",
 }
 
 __all__ = list(_HOMES)

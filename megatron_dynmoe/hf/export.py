@@ -7,22 +7,19 @@ the target's name at the end: an export that fails or is interrupted leaves noth
 
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from megatron_dynmoe.checkpoint.reader import DistCheckpoint
 
+from .beside import beside, writing
 from .code import write_code
 from .errors import ExportError
 from .mapping import Piece, left_out, plan, stored_dtype
@@ -86,7 +83,7 @@ def export(
     check_target(out, overwrite=overwrite)
     checkpoint = DistCheckpoint(checkpoint_dir, iteration=iteration)
     fields = config_fields(checkpoint.args)
-    with _beside(out) as folder, _writing(out):
+    with writing(out, ExportError), beside(out) as folder:
         tokenizer = None
         if tokenizer_model is not None and write_tokenizer is not None:
             tokenizer = _tokenizer(write_tokenizer, Path(tokenizer_model), folder)
@@ -113,42 +110,6 @@ def check_target(out: Path, *, overwrite: bool) -> None:
         raise ExportError(
             f"output {out} is no exported model (it has no config.json), so --overwrite does not replace it."
         )
-
-
-@contextmanager
-def _writing(out: Path) -> Iterator[None]:
-    """Errors of the file system (a full disk) as one sentence; safetensors has an exception of its own for them."""
-    try:
-        yield
-    except OSError as error:
-        raise ExportError(f"{out} cannot be written ({error.strerror or error}).") from error
-    except SafetensorError as error:
-        raise ExportError(f"{out} cannot be written ({error}).") from error
-
-
-@contextmanager
-def _beside(out: Path) -> Iterator[Path]:
-    """A new folder on the same file system that becomes `out` at the end, and is removed if the body fails."""
-    parent = out.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=parent))
-    try:
-        yield folder
-        folder.chmod(0o755)  # mkdtemp's folder is the owner's alone
-        if out.is_dir():
-            # The old one steps aside first: a folder with files in it cannot be replaced in one step.
-            aside = folder.with_suffix(".old")
-            out.rename(aside)
-            try:
-                folder.rename(out)
-            except BaseException:
-                aside.rename(out)
-                raise
-            shutil.rmtree(aside)
-        else:
-            folder.rename(out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _tokenizer(write: Callable[[Path, Path], Any], model: Path, folder: Path) -> Any:

@@ -12,9 +12,9 @@ from megatron_dynmoe.routers.settings import dest_of_field
 from .errors import ExportError
 
 
-def router_config(fields: dict[str, Any]) -> RouterConfig:
-    """What the router of an exported configuration was set by at the start."""
-    return RouterConfig(**_values(fields))
+def router_config(fields: dict[str, Any], **training: Any) -> RouterConfig:
+    """What the router of an exported configuration was set by at the start, with settings that act while training."""
+    return RouterConfig(**_values(fields) | training)
 
 
 def training_state(args: Namespace, fields: dict[str, Any]) -> set[str]:

@@ -12,7 +12,7 @@ from .errors import ExportError
 
 # Arguments that change what the model computes, and the values this export can express. An argument that a checkpoint
 # does not have is from a version without the feature.
-_EXPRESSIBLE: dict[str, tuple[Any, ...]] = {
+EXPRESSIBLE: dict[str, tuple[Any, ...]] = {
     "normalization": ("RMSNorm",),
     "layernorm_zero_centered_gamma": (False,),
     "swiglu": (True,),
@@ -55,7 +55,7 @@ def config_fields(args: Namespace) -> dict[str, Any]:
         ExportError: an argument is missing, or has a value that the exported model could not express.
     """
     methods = {"moe_gate": tuple(GATES), "moe_rule": tuple(RULES)} if hasattr(args, "moe_rule") else {}
-    for name, accepted in (_EXPRESSIBLE | methods).items():
+    for name, accepted in (EXPRESSIBLE | methods).items():
         value = getattr(args, name, accepted[0])
         if value not in accepted:
             wanted = " or ".join(repr(v) for v in accepted)
