@@ -167,5 +167,3 @@ class _Arrive(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         ctx.bridge.gradients = gradients
         return None, grad, *(None for _ in gradients)
-
-

@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-import torch
 from megatron.core import tensor_parallel
 from megatron.core.transformer.enums import CudaGraphModule
 from megatron.core.transformer.moe import moe_layer
@@ -38,6 +37,8 @@ class DynMoELayer(LayerHooks):
     Raises:
         ConfigError: a combination that cannot work; see :func:`megatron_dynmoe.mcore.config.check_config`.
     """
+
+    token_dispatcher: Any  # each has begin() and send(); see :mod:`megatron_dynmoe.mcore.way`
 
     def __init__(
         self,
@@ -128,9 +129,7 @@ class DynMoELayer(LayerHooks):
             output, logits = self.tokens(hidden_states, previous, mask_SB)
         return (output, None) if previous is None else (output, None, logits)
 
-    def tokens(
-        self, hidden: Tensor, previous: Tensor | None, mask_SB: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def tokens(self, hidden: Tensor, previous: Tensor | None, mask_SB: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The whole pass as a function of tensors: hidden states [S, B, D] to the output, and this layer's logits."""
         # 1. Route. The counts of rows leave as soon as the map exists, before losses and statistics are computed.
         counts = cache(lambda map_TC: self.token_dispatcher.begin(map_TC[:, : self.config.num_moe_experts]))
