@@ -5,8 +5,8 @@ so what stands beside the hidden states arrives wherever they do, and its gradie
 The first MoE layer appends, later ones replace, dense layers pass on, the last layer of the decoder strips.  A layer of
 multi-token prediction sees other tokens than the decoder's layers: it begins anew, as the first MoE layer does.
 
-Within a layer hidden states and logits are two tensors, views of what came in; norm and residual sum take strides.  What
-is copied of T x D is the output, where logits are put beside it, and in the backward pass the input's gradient.
+Within a layer hidden states and logits are two tensors, views of what came in; norm and residual sum take strides.  Of
+T x D two tensors are copied: the output, which logits are put beside, and in the backward pass the input's gradient.
 """
 
 from __future__ import annotations

@@ -38,6 +38,8 @@ class DynMoELayer(LayerHooks):
         ConfigError: a combination that cannot work; see :func:`megatron_dynmoe.mcore.checks.check_config`.
     """
 
+    token_dispatcher: Any  # each has begin() and send(); see :mod:`megatron_dynmoe.mcore.way`
+
     def __init__(
         self,
         config: TransformerConfig,

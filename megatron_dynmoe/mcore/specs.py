@@ -66,7 +66,9 @@ def dynamic_mtp_spec(
         fused_norm: as in :func:`dynamic_layer_spec`.
     """
     spec = replace_norms(spec)
-    for layer in spec.layer_specs if dynmoe is not None else ():
+    if dynmoe is None:
+        return spec
+    for layer in spec.layer_specs:
         inner = layer.submodules.mtp_model_layer
         if _rewrite(inner.submodules, dynmoe, fused_norm) and dynmoe.gating_residual:
             _carry(inner)
@@ -120,7 +122,7 @@ def build_experts(
             "--moe-expert-backend is 'te', which needs Transformer Engine with --transformer-impl transformer_engine "
             "and --moe-grouped-gemm; otherwise use 'torch' or 'sequential'."
         )
-    if backend == "sequential" and not issubclass(offered, SequentialMLP):
+    if backend == "sequential" and not (isinstance(offered, type) and issubclass(offered, SequentialMLP)):
         raise ConfigError(
             "--moe-expert-backend is 'sequential', but --moe-grouped-gemm asks for grouped experts; "
             "drop one of the two."

@@ -11,6 +11,7 @@ Besides it joins them after Transformer Engine has read them, where weights are 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
@@ -28,6 +29,9 @@ class ScalesByExpert:
     """Mixed into a subclass of ``TEGroupedLinear``. Entries without the mark are read as megatron-core reads them."""
 
     num_gemms: int
+    # Of Transformer Engine's linear layer, megatron-core's subclass.
+    _decode_extra_state: Callable[[Tensor], Any]
+    _encode_extra_state: Callable[[Any], Tensor]
 
     def _split_extra_state(self, state: Any) -> list[Any]:
         """One entry an expert: megatron-core's, on scales that lie as it expects them."""

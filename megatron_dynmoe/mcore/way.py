@@ -104,7 +104,7 @@ class Way:
         return rows
 
     def unpack_back(self, rows: Tensor, row_id_map: Tensor | None, onto: Tensor | None = None) -> Tensor:
-        """Sum each token's rows to [S, B, D], onto ``onto``, which may be overwritten; plus overlapped shared experts."""
+        """Sum each token's rows to [S, B, D], onto ``onto``, which it may overwrite; plus overlapped shared experts."""
         map_TE, width = self.transport.plan.map_TE, self.shape[-1]
         onto_TD = None if onto is None else onto.view(-1, width)
         if self.fused:

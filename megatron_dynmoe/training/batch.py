@@ -81,6 +81,7 @@ def get_batch(
         return dict.fromkeys(KEYS)
     tp_rank, batch = parallel_state.get_tensor_model_parallel_rank(), {}
     if tp_rank == 0:
+        assert data_iterator is not None, "the first tensor-parallel rank reads"
         sample = next(data_iterator)
         batch = {key: None if sample.get(key) is None else sample[key].cuda(non_blocking=True) for key in KEYS}
     batch = get_batch_on_this_tp_rank(

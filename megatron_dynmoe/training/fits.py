@@ -23,8 +23,7 @@ def check_fits(resume: Resume | None, args: Namespace, vocab_size: int) -> None:
     Raises:
         CheckpointError: it would be another model, function, vocabulary or optimizer, or lacks what megatron looks for.
     """
-    saved = (resume.state or {}).get("args") if resume else None
-    if not isinstance(saved, Namespace):
+    if resume is None or resume.state is None or not isinstance(saved := resume.state.get("args"), Namespace):
         return
     check_implementation(saved, args)
     allow = args.moe_allow_routing_change

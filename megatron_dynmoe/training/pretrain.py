@@ -87,7 +87,7 @@ def run(args: Namespace, dynmoe: DynMoEConfig, resumed: Resume | None = None) ->
         on_step=driver.after_step,
     )
     set_moe_metrics_tracker(tracker)
-    datasets = partial(build_datasets, config=config.model.transformer)
+    datasets: Any = partial(build_datasets, config=config.model.transformer)
     datasets.is_distributed = True  # each rank decides whether it reads
     step = partial(forward_step, evaluation=losses, before=driver.before_pass)
     watch = nan.Watch()
