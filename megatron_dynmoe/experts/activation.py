@@ -91,6 +91,7 @@ def activate_back(
     if activation is F.silu:  # what autograd would call, without building a graph for every block
         torch.ops.aten.silu_backward.grad_input(to_up, gate, grad_input=to_gate)
     else:
+        active = active.clone()  # it may be the gate itself, which may be written over
         to_gate.copy_(_pull_back(activation, gate, to_up))
     torch.mul(weighted, active, out=to_up)
     return product, to_weights

@@ -71,8 +71,7 @@ def mlp_by_chunk(
     limit = min(max(_LEAST_ROWS, fc2_LDF.shape[1] // 2), _MOST_ROWS) * max(1, torch.get_num_threads() // _THREADS)
     plan = list(chunks(rows_per_expert_L, limit, pad=in_onednn(rows_ND, fc2_LDF[0])))
     room = _room(rows_ND, fc2_LDF, max((chunk.length for chunk in plan), default=0)) if torch.is_grad_enabled() else 0
-    with torch.autocast("cpu", enabled=False):  # tensors are multiplied as they come, backward too
-        return _ByChunk.apply(rows_ND.contiguous(), weights_N, fc1_LGD, fc2_LDF, plan, activation, offset, room)
+    return _ByChunk.apply(rows_ND.contiguous(), weights_N, fc1_LGD, fc2_LDF, plan, activation, offset, room)
 
 
 def _room(rows_ND: Tensor, fc2_LDF: Tensor, chunk: int) -> int:
@@ -89,6 +88,7 @@ def _room(rows_ND: Tensor, fc2_LDF: Tensor, chunk: int) -> int:
 
 class _ByChunk(torch.autograd.Function):
     @staticmethod
+    @torch.autocast("cpu", enabled=False)  # tensors are multiplied as they come
     def forward(
         ctx: Any,
         rows_ND: Tensor,
@@ -114,6 +114,7 @@ class _ByChunk(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @torch.autocast("cpu", enabled=False)
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
         rows_ND, weights_N, fc1_LGD, fc2_LDF, *kept = ctx.saved_tensors
         rows_wanted, _, fc1_wanted, fc2_wanted, *_ = ctx.needs_input_grad

@@ -1,8 +1,8 @@
-"""Matrix products on a CPU by the faster of the two libraries that torch brings, in shapes that the faster one likes.
+"""Matrix products on a CPU, by the faster of the two libraries that torch brings.
 
-Torch multiplies float32 by MKL.  On AMD's cores oneDNN, which torch multiplies bfloat16 by, is twice as fast.  It makes
-code for every new shape, which costs some 0.2 ms, and keeps it for the next time.  Ragged groups would have it make code
-for ever; so the number of rows is rounded up to one of a few, with rows of zeros.
+Torch multiplies float32 by MKL.  On AMD's cores oneDNN, which torch multiplies bfloat16 by, is twice as fast.  oneDNN
+compiles code for each new shape, which costs some 0.2 ms, and keeps that of the last 1024.  Ragged groups would make it
+compile for ever.  So their number of rows is rounded up to one of a few, with rows of zeros.
 """
 
 from __future__ import annotations
