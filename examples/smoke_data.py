@@ -20,7 +20,7 @@ def main(folder: Path) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     shard = folder / "text.jsonl"
-    paths = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")] or ROOT.rglob("*.py")  # a wheel has no documents
+    paths = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")] or ROOT.glob("*.py")  # a wheel has no documents
     documents = [path.read_text(encoding="utf-8") for path in sorted(paths)]
     parts = [part for document in documents for part in document.split("\n\n") if part.strip()]
     shard.write_text("".join(f"{json.dumps({'text': part})}\n" for part in parts), encoding="utf-8")
