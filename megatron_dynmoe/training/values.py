@@ -83,7 +83,18 @@ def check_values(args: Namespace) -> None:
         _refuse("num_query_groups", args.num_query_groups, wanted)
     if args.transformer_impl == "transformer_engine" and find_spec("transformer_engine") is None:
         _refuse("transformer_impl", args.transformer_impl, "'local', as Transformer Engine is not installed")
+    for unit in ("iters", "samples"):
+        _check_warmup(args, unit)
     check_recipe(args)
+
+
+def _check_warmup(args: Namespace, unit: str) -> None:
+    """Megatron asserts it when the optimizer is made (optimizer_param_scheduler.py:160)."""
+    warmup, asked = getattr(args, f"lr_warmup_{unit}"), getattr(args, f"lr_decay_{unit}")
+    decay = getattr(args, f"train_{unit}") if asked is None else asked
+    if decay and warmup and args.lr_warmup_fraction is None and warmup >= decay:
+        flag = f"--train-{unit}" if asked is None else f"--lr-decay-{unit}"
+        _refuse(f"lr_warmup_{unit}", warmup, f"a number below {flag} {decay}")
 
 
 def check_ranks(args: Namespace) -> None:
