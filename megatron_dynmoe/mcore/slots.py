@@ -68,9 +68,18 @@ class LayerExperts:
         self._gather()
         write(self.optimizer, Slice(getattr(self.layer.router, name), slot), value, reset=True)
 
+    def _begin(self) -> None:
+        self._gather()
+        for name in ("fp8_param", "fp4_param"):
+            if getattr(self.layer.config, name, False):
+                flag = f"--{name.replace('_', '-')}-gather"
+                raise ConfigError(
+                    f"{flag} is True; accepted: off, as a controller writes weights, not their quantised form."
+                )
+
     def fresh(self, slot: int, number: int) -> None:
         """New weights, drawn whole on the CPU so that they do not depend on the layout."""
-        self._gather()
+        self._begin()
         layer = self.layer
         local = slot - layer.ep_group.rank() * layer.num_local_experts
         if not 0 <= local < layer.num_local_experts:
@@ -91,7 +100,7 @@ class LayerExperts:
 
     def copy(self, slot: int, source: int) -> None:
         """The weights of expert ``source``, which may be on another rank."""
-        self._gather()
+        self._begin()
         group, local = self.layer.ep_group, self.layer.num_local_experts
         mine = group.rank()
         for part in range(2):

@@ -14,6 +14,7 @@ from megatron_dynmoe.checkpoint.compare import (
     check_vocabulary,
 )
 from megatron_dynmoe.checkpoint.index import read_index
+from megatron_dynmoe.training.arguments import dynmoe_from_args
 from megatron_dynmoe.training.resume import Resume, note
 
 
@@ -29,11 +30,45 @@ def check_fits(resume: Resume | None, args: Namespace, vocab_size: int) -> None:
     allow = args.moe_allow_routing_change
     for change in check_function(saved, args, allow=allow) + check_tokenizer(saved, args, allow=allow):
         note(change)
+    _check_controllers(resume, args)
     check_vocabulary(saved, vocab_size)
     fresh = args.finetune or args.no_load_optim or saved.no_save_optim or resume.folder.name == "release"
     if not fresh:
         state = resume.state.get("opt_param_scheduler")
         check_optimizer(saved, args, _schedule(args), state if isinstance(state, dict) else {})
+
+
+def _check_controllers(resume: Resume, args: Namespace) -> None:
+    """What a router's controllers keep must be there; what they kept and nobody reads any more is said.
+
+    Raises:
+        CheckpointError: naming the controller and what is missing.
+    """
+    mark = ".mlp.router."
+    try:
+        keys = [key for key in read_index(resume.folder).state_dict_metadata if not key.startswith("optimizer.")]
+    except CheckpointError:  # another format
+        return
+    saved = {key.rpartition(mark)[2] for key in keys if mark in key}
+    if not args.num_experts or not saved:
+        return
+    dynmoe = dynmoe_from_args(args)
+    columns = args.num_experts + dynmoe.zero_computation_experts
+    read = {"weight", "bias", "gate_map"}
+    for method in dynmoe.methods:
+        read |= set(method.parameters(dynmoe, columns, args.hidden_size) if method.parameters else ())
+    for kind in dynmoe.controllers:
+        state = kind(dynmoe, columns, args.hidden_size).state()
+        if missing := [name for name in state if name not in saved]:
+            raise CheckpointError(
+                f"{resume.folder} has no {', '.join(missing)} of the routers, which the controller {kind.__name__} "
+                f"keeps; it was written without {kind.flag or 'it'}, and can only be resumed without."
+            )
+        read |= set(state)
+    if unread := sorted(saved - read):
+        note(
+            f"{resume.folder} has {', '.join(unread)} of the routers, which nothing in this run reads; it is left out."
+        )
 
 
 def fused_norm(resume: Resume | None) -> bool | None:

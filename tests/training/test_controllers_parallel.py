@@ -175,3 +175,22 @@ def test_a_skipped_step_changes_nothing(skipping):
         for state in whole(leg["states"], 1).values():
             assert int(state["steps"][0]) == taken and state["sum_D"].isfinite().all()
     assert skipped >= 2 and taken >= 2
+
+
+def test_a_controller_that_the_checkpoint_lacks_is_refused_and_one_too_many_is_said(tmp_path):
+    places = ["--save", str(tmp_path / "save"), "--load", str(tmp_path / "save"), "--save-interval", "1"]
+    ranks.call(ranks.pretrain, [*MODEL, *places, "--exit-interval", "1"], ranks=1, folder=tmp_path / "without")
+    refused = ranks.start(with_both, [*MODEL, *places, "--exit-interval", "2"], ranks=1, folder=tmp_path / "with")
+    assert refused.wait() == [2]
+    assert "has no sum_D, tokens_summed of the routers, which the controller Averager keeps" in refused.output()
+    places = [place.replace("save", "other") if place.startswith("/") else place for place in places]
+    ranks.call(with_both, [*MODEL, *places, "--exit-interval", "1"], ranks=1, folder=tmp_path / "first")
+    dropped = ranks.call(ranks.pretrain, [*MODEL, *places, "--exit-interval", "2"], ranks=1, folder=tmp_path / "second")
+    assert "has steps, sum_D, tokens_seen, tokens_summed, top_p of the routers, which nothing" in dropped.output()
+
+
+def with_both(argv):
+    from tests import toy_controllers
+
+    toy_controllers.install()
+    return ranks.pretrain(argv)
