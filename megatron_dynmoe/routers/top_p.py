@@ -45,8 +45,8 @@ def top_p_map(scores_TE: Tensor, config: RouterConfig) -> Tensor:
         best_T1 = scores_TE.argmax(dim=-1, keepdim=True)
         return torch.zeros_like(scores_TE, dtype=torch.bool).scatter(-1, best_T1, True)
     sorted_TE, order_TE = scores_TE.detach().sort(dim=-1, descending=True, stable=True)
-    before_TE = torch.zeros_like(sorted_TE)
-    torch.cumsum(sorted_TE[:, :-1], dim=-1, out=before_TE[:, 1:])
+    # Not summed into a view: torch.compile breaks its graph there.
+    before_TE = torch.nn.functional.pad(sorted_TE[:, :-1].cumsum(dim=-1), (1, 0))
     # Rounding can carry the sum past 1, where p = 1 must still keep everything.
     keep_TE = before_TE.clamp_(max=1.0) <= config.top_p
     keep_TE[:, 0] = True
