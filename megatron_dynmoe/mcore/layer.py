@@ -54,7 +54,8 @@ class DynMoELayer(LayerHooks):
         super().__init__(config, submodules, *args, pg_collection=pg_collection, **kwargs)
         self.dynmoe = dynmoe
         # The router's part is then replayed from a CUDA graph, and the rest resumes behind it.
-        self.captured = config.cuda_graph_impl != "none" and CudaGraphModule.moe_router in config.cuda_graph_modules
+        modules = config.cuda_graph_modules or []
+        self.captured = config.cuda_graph_impl != "none" and CudaGraphModule.moe_router in modules
         if dynmoe.gating_residual:  # in the first MoE layer too: layers that are alike are stacked in a checkpoint
             self.router.add_learned("gate_map", (self.router.columns, self.router.columns))
         self.mixer = Mixer(config) if dynmoe.residual else None

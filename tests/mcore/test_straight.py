@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import deep_ep_standin, ranks
-from tests.mcore.test_mcore_layer import B, D, E, S, _config, _layer, _setup
+from tests.mcore.test_mcore_layer import CAPTURED, B, D, E, S, _config, _layer, _setup
 from tests.mcore.test_mcore_moe_plus_plus import _filled
 
 SHARED = {"moe_shared_expert_intermediate_size": 8}
@@ -137,9 +137,23 @@ def check_hooks() -> None:
             torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6, msg=lambda m, case=case: f"{case}: {m}")
 
 
+def check_captured() -> None:
+    """A layer whose router may be replayed from a CUDA graph runs by the hooks, and computes the same."""
+    from megatron_dynmoe.config import DynMoEConfig
+
+    x, outputs = torch.randn(S, B, D), []
+    for extra in ({}, CAPTURED):
+        dynmoe = DynMoEConfig(expert_input_scale=2.0)
+        layer = _filled(_layer(_config(expert_model_parallel_size=2, **SHARED, **extra), dynmoe))
+        assert layer.captured == bool(extra)
+        outputs.append(layer(x)[0])
+        assert layer.token_dispatcher._between is None
+    assert torch.equal(*outputs)
+
+
 def check_all() -> None:
     start()
-    for check in (check_nothing_is_written, check_hooks, check_dispatcher_by_itself):
+    for check in (check_nothing_is_written, check_hooks, check_captured, check_dispatcher_by_itself):
         print(check.__name__, flush=True)
         check()
 
