@@ -115,6 +115,23 @@ def expert(x: Tensor, fc1_GD: Tensor, fc2_DF: Tensor, offset: float = 0.0) -> Te
     return (F.silu(gate) * (up + offset)) @ fc2_DF.t()
 
 
+def grouped_experts(
+    rows_ND: Tensor,
+    weights_N: Tensor,
+    fc1_LGD: Tensor,
+    fc2_LDF: Tensor,
+    rows_per_expert: list[int],
+    offset: float = 0.0,
+) -> Tensor:
+    """weight * expert(row), one row at a time; rows are ordered by expert."""
+    owners = [index for index, rows in enumerate(rows_per_expert) for _ in range(rows)]
+    outputs = [
+        weight * expert(row_D.unsqueeze(0), fc1_LGD[owner], fc2_LDF[owner], offset)
+        for owner, row_D, weight in zip(owners, rows_ND, weights_N, strict=True)
+    ]
+    return torch.cat([*outputs, rows_ND[:0] + (weights_N.sum() + fc1_LGD.sum() + fc2_LDF.sum()) * 0])
+
+
 def dense_moe(x_TD: Tensor, weights_TE: Tensor, fc1_EGD: Tensor, fc2_EDF: Tensor, *, offset: float = 0.0) -> Tensor:
     """sum_e weight[t, e] * expert_e(x[t]) with every expert computed for every token."""
     out_TD = torch.zeros_like(x_TD)

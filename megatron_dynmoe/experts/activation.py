@@ -47,8 +47,7 @@ class _GatedActivation(torch.autograd.Function):
         ctx.activation, ctx.offset = activation, offset
         out_NF = hidden_NG.new_empty(hidden_NG.shape[0], hidden_NG.shape[1] // 2)
         for hidden, weights, out in blocks(_rows(hidden_NG), hidden_NG, weights_N, out_NF):
-            gate, up = _halves(hidden, offset)
-            out.copy_(activation(gate) * up * weights.unsqueeze(-1))
+            out.copy_(activate(hidden, weights, activation, offset))
         return out_NF
 
     @staticmethod
@@ -59,14 +58,43 @@ class _GatedActivation(torch.autograd.Function):
         for hidden, weights, grad, to_hidden, to_weights in blocks(
             _rows(hidden_NG), hidden_NG, weights_N, grad_NF, hidden_grad, weights_grad
         ):
-            gate, up = _halves(hidden, ctx.offset)
-            to_gate, to_up = to_hidden.chunk(2, dim=-1)
-            active, pull_back = _with_pull_back(ctx.activation, gate)
-            to_weights.copy_((grad.to(weights.dtype) * (active * up)).sum(dim=-1))
-            weighted = (grad * weights.unsqueeze(-1)).to(hidden.dtype)
-            torch.mul(weighted, active, out=to_up)
-            to_gate.copy_(pull_back(weighted.mul_(up)))
+            _, found = activate_back(hidden, weights, grad, ctx.activation, ctx.offset, to_hidden)
+            to_weights.copy_(found)
         return hidden_grad, weights_grad, None, None
+
+
+def activate(hidden: Tensor, weights: Tensor, activation: Activation, offset: float) -> Tensor:
+    """:func:`gated_activation` of a few rows, without autograd."""
+    gate, up = _halves(hidden, offset)
+    return (activation(gate) * up).mul_(weights.unsqueeze(-1))
+
+
+def activate_back(
+    hidden: Tensor, weights: Tensor, grad: Tensor, activation: Activation, offset: float, to_hidden: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The backward of :func:`activate`.
+
+    Args:
+        grad: [M, F], of the weighted output.
+        to_hidden: [M, 2F], where the gradient of ``hidden`` is written; it may be ``hidden`` itself.
+
+    Returns:
+        activation(gate) * (up + offset) without the weights, [M, F]; the gradient of the weights, [M].
+    """
+    gate, up = _halves(hidden, offset)
+    to_gate, to_up = to_hidden.chunk(2, dim=-1)
+    active = activation(gate)
+    product = active * up
+    to_weights = (grad.to(weights.dtype) * product).sum(dim=-1)
+    weighted = (grad * weights.unsqueeze(-1)).to(hidden.dtype)
+    torch.mul(weighted, up, out=to_up)
+    if activation is F.silu:  # what autograd would call, without building a graph for every block
+        torch.ops.aten.silu_backward.grad_input(to_up, gate, grad_input=to_gate)
+    else:
+        active = active.clone()  # it may be the gate itself, which may be written over
+        to_gate.copy_(_pull_back(activation, gate, to_up))
+    torch.mul(weighted, active, out=to_up)
+    return product, to_weights
 
 
 def _halves(hidden: Tensor, offset: float) -> tuple[Tensor, Tensor]:
@@ -74,14 +102,12 @@ def _halves(hidden: Tensor, offset: float) -> tuple[Tensor, Tensor]:
     return gate, up + offset if offset else up
 
 
-def _with_pull_back(activation: Activation, gate: Tensor) -> tuple[Tensor, Activation]:
-    """activation(gate), and the function from the gradient of that to the gradient of the gate."""
-    if activation is F.silu:  # what autograd would call, without building a graph for every block
-        return F.silu(gate), lambda grad: torch.ops.aten.silu_backward(grad, gate)
+def _pull_back(activation: Activation, gate: Tensor, grad: Tensor) -> Tensor:
+    """From the gradient of activation(gate) to that of the gate."""
     with torch.enable_grad():
         gate = gate.detach().requires_grad_()
         active = activation(gate)
-    return active.detach(), lambda grad: torch.autograd.grad(active, gate, grad)[0]
+    return torch.autograd.grad(active, gate, grad)[0]
 
 
 def _rows(hidden_NG: Tensor) -> int:

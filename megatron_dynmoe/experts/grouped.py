@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_dynmoe.experts.activation import FusedActivation, gated_activation
+from megatron_dynmoe.experts.by_chunk import mlp_by_chunk
 
 # (rows [N, I] ordered by expert, weight [L, O, I], ends of the experts' rows [L] int32) -> [N, O]
 GroupedLinear = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -41,11 +42,15 @@ def grouped_mlp(
         rows_per_expert_L: how many rows each expert has; they sum to N; any may be 0.
         fused: computes :func:`gated_activation` of ``activation`` and ``offset`` in one kernel, and keeps no more for
             backward; taken on a GPU, if ``gated`` and if there are rows.
-        linears: what multiplies; default: grouped GEMMs in the dtype of ``rows_ND``.
+        linears: what multiplies; default: torch's grouped GEMMs in the dtype of ``rows_ND``, and for gated experts on a
+            CPU the same products chunk by chunk (:mod:`megatron_dynmoe.experts.by_chunk`).
 
     Returns:
         [N, D] in the dtype of ``rows_ND``.
     """
+    if gated and linears is None and rows_ND.device.type == "cpu":
+        sizes = torch.as_tensor(rows_per_expert_L).tolist()
+        return mlp_by_chunk(rows_ND, weights_N, fc1_LGD, fc2_LDF, sizes, activation, offset)
     ends_L = (
         torch.as_tensor(rows_per_expert_L).cumsum(0).to(device=rows_ND.device, dtype=torch.int32, non_blocking=True)
     )

@@ -27,7 +27,7 @@ from torch import Tensor
 from megatron_dynmoe.config import ConfigError
 from megatron_dynmoe.experts import grouped_mlp
 from megatron_dynmoe.experts.activation import FusedActivation
-from megatron_dynmoe.experts.grouped import GroupedLinear, grouped_linear
+from megatron_dynmoe.experts.grouped import GroupedLinear
 
 
 class TorchGroupedMLP(MegatronModule):
@@ -90,9 +90,9 @@ class TorchGroupedMLP(MegatronModule):
         return out, None
 
     @property
-    def linears(self) -> tuple[GroupedLinear, GroupedLinear]:
-        """What multiplies: by the first weight, by the second."""
-        return grouped_linear, grouped_linear
+    def linears(self) -> tuple[GroupedLinear, GroupedLinear] | None:
+        """What multiplies, by the first weight and by the second; ``None``: the default of :func:`grouped_mlp`."""
+        return None
 
     def expert_state(self, linear: str, index: int) -> Any:
         """What is saved of expert ``index`` beside its weight of ``linear``: nothing."""

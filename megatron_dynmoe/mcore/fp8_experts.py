@@ -56,7 +56,7 @@ class Fp8GroupedMLP(TorchGroupedMLP):
         self.full_precision = not mtp and is_first_last_bf16_layer(self.config, number - 1)
 
     @property
-    def linears(self) -> tuple[GroupedLinear, GroupedLinear]:
+    def linears(self) -> tuple[GroupedLinear, GroupedLinear] | None:
         """What multiplies."""
         return super().linears if self.full_precision else (self.fc1, self.fc2)
 
