@@ -11,7 +11,7 @@ from importlib import import_module
 from benchmarks.competitors.case import Case
 from benchmarks.competitors.method import Method
 
-FLOOR = "floor"
+FLOOR, PRODUCTS = "floor", "products"
 
 # Name to module and class. Modules are imported when they are asked for: one of them imports megatron-core.
 METHODS = {
@@ -22,6 +22,7 @@ METHODS = {
     "loop": ("loop", "LoopOverExperts"),
     "dense": ("dense", "DenseDispatch"),
     FLOOR: ("floor", "Floor"),
+    PRODUCTS: ("floor", "OwnProducts"),
 }
 
 

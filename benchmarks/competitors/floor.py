@@ -1,4 +1,7 @@
-"""The floor: the experts' two grouped GEMMs alone, on rows that lie ready; no activation, no moves."""
+"""The floor: the experts' two grouped GEMMs alone, on rows that lie ready; no activation, no moves.
+
+On a CPU the library multiplies otherwise; those products alone are a second floor.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.competitors.method import StackedMethod, Wire, leaf
+from benchmarks.competitors.method import NotPossible, StackedMethod, Wire, leaf
+from megatron_dynmoe.experts import by_chunk
+from megatron_dynmoe.experts.products import in_onednn, linear
 from megatron_dynmoe.routing import RoutePlan
 
 
@@ -18,6 +23,7 @@ class Floor(StackedMethod):
         plan = RoutePlan.build(case.map_TE, group=case.group, expert_rank=case.rank, expert_ranks=case.setting.ep)
         rows_L = torch.tensor(plan.rows_per_expert_L, device=case.x_TD.device)
         self.ends_L = rows_L.cumsum(0).to(torch.int32)
+        self.rows_per_expert_L = plan.rows_per_expert_L
         self.rows = sum(plan.rows_per_expert_L)
         self.inputs = [leaf(self._some(case.fc1_LGD.shape[2])), leaf(self._some(case.fc2_LDF.shape[2]))]
         self.grads = [self._some(case.fc1_LGD.shape[1]), self._some(case.fc2_LDF.shape[1])]
@@ -45,3 +51,26 @@ class Floor(StackedMethod):
 
     def wire(self) -> Wire:
         return Wire(0, 0)
+
+
+class OwnProducts(Floor):
+    """The same six products as the library makes them on a CPU, chunk by chunk; their results are dropped."""
+
+    def __init__(self, case) -> None:
+        super().__init__(case)
+        if case.x_TD.device.type != "cpu":
+            raise NotPossible("off the CPU the library's products are the floor's.")
+        fc2_LDF, pad = case.fc2_LDF, in_onednn(case.x_TD, case.fc2_LDF[0])
+        self.plan = list(by_chunk.chunks(self.rows_per_expert_L, by_chunk.limit_of(fc2_LDF), pad=pad))
+
+    def step(self) -> None:
+        (rows_ND, inner_NF), (hidden_NG, out_ND) = self.inputs, self.grads
+        with torch.no_grad():
+            for chunk in self.plan:
+                fc1, fc2 = (weight[chunk.expert] for weight in self.parameters)
+                rows, inner, hidden, out = (chunk.of(one) for one in (rows_ND, inner_NF, hidden_NG, out_ND))
+                for x, weight in ((rows, fc1), (inner, fc2)):
+                    linear(x, weight)
+                for grad, x, weight in ((out, inner, fc2), (hidden, rows, fc1)):
+                    linear(grad, weight.t())
+                    linear(grad.t(), x.t())

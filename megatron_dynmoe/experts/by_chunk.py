@@ -1,8 +1,8 @@
 """Gated experts on a CPU, a chunk of an expert's rows at a time, so that what lies between its products stays in cache.
 
 Forward a chunk goes through both GEMMs and the activation between them, backward through all six products and the
-activation's gradient.  Of what is computed only the first GEMM's output is worth keeping for backward, 2F numbers a row.
-It is kept while the pass needs no more memory than a plain loop over experts; beyond that it is computed again.  So a
+activation's gradient.  Of what is computed only the first GEMM's output is worth keeping for backward, 2F numbers a
+row.  It is kept while the pass needs no more memory than a plain loop over experts; beyond, it is computed again.  So a
 pass with few rows an expert, where the weights' gradients are most of the memory, computes up to two ninths more.
 """
 
@@ -18,7 +18,8 @@ from megatron_dynmoe.experts.activation import Activation, activate, activate_ba
 from megatron_dynmoe.experts.products import in_onednn, linear, padded, row_step
 
 # Rows of a chunk: about half the model's width, between these. With fewer the gradients of the weights are added up too
-# often, with more a chunk leaves the cache; wide models have enough to do in a chunk not to mind. Doubled with threads.
+# often, with more a chunk leaves the cache; wide models have enough to do in a chunk not to mind. Many threads want
+# more rows: twice as many at twice _THREADS.
 _LEAST_ROWS, _MOST_ROWS, _THREADS = 128, 512, 4
 
 
@@ -41,7 +42,7 @@ class Chunk(NamedTuple):
 
     def put(self, rows: Tensor, chunk: Tensor) -> None:
         """Write this chunk into [N, ...]."""
-        rows[self.begin : self.end] = chunk[: self.end - self.begin]
+        rows[self.begin : self.end].copy_(chunk[: self.end - self.begin])
 
 
 def chunks(rows_per_expert_L: Sequence[int], limit: int, *, pad: bool) -> Iterator[Chunk]:
@@ -58,6 +59,11 @@ def chunks(rows_per_expert_L: Sequence[int], limit: int, *, pad: bool) -> Iterat
         begin = end
 
 
+def limit_of(fc2_LDF: Tensor) -> int:
+    """About how many rows a chunk has at most."""
+    return min(max(_LEAST_ROWS, fc2_LDF.shape[1] // 2), _MOST_ROWS) * max(1, torch.get_num_threads() // _THREADS)
+
+
 def mlp_by_chunk(
     rows_ND: Tensor,
     weights_N: Tensor,
@@ -68,8 +74,7 @@ def mlp_by_chunk(
     offset: float,
 ) -> Tensor:
     """:func:`~megatron_dynmoe.experts.grouped.grouped_mlp` of gated experts on a CPU; arguments and result as there."""
-    limit = min(max(_LEAST_ROWS, fc2_LDF.shape[1] // 2), _MOST_ROWS) * max(1, torch.get_num_threads() // _THREADS)
-    plan = list(chunks(rows_per_expert_L, limit, pad=in_onednn(rows_ND, fc2_LDF[0])))
+    plan = list(chunks(rows_per_expert_L, limit_of(fc2_LDF), pad=in_onednn(rows_ND, fc2_LDF[0])))
     room = _room(rows_ND, fc2_LDF, max((chunk.length for chunk in plan), default=0)) if torch.is_grad_enabled() else 0
     return _ByChunk.apply(rows_ND.contiguous(), weights_N, fc1_LGD, fc2_LDF, plan, activation, offset, room)
 
@@ -101,10 +106,11 @@ class _ByChunk(torch.autograd.Function):
         room: int,
     ) -> Tensor:
         out_ND, kept = rows_ND.new_empty(rows_ND.shape[0], fc2_LDF.shape[1]), []
+        fc1_L, fc2_L = fc1_LGD.unbind(), fc2_LDF.unbind()  # cheaper than to index once a chunk
         for chunk in plan:
-            hidden = linear(chunk.of(rows_ND), fc1_LGD[chunk.expert])
+            hidden = linear(chunk.of(rows_ND), fc1_L[chunk.expert])
             active = activate(hidden, chunk.of(weights_N), activation, offset)
-            chunk.put(out_ND, linear(active, fc2_LDF[chunk.expert]))
+            chunk.put(out_ND, linear(active, fc2_L[chunk.expert]))
             room -= hidden.numel()
             if room >= 0:
                 kept.append(hidden)
@@ -119,12 +125,13 @@ class _ByChunk(torch.autograd.Function):
         rows_ND, weights_N, fc1_LGD, fc2_LDF, *kept = ctx.saved_tensors
         rows_wanted, _, fc1_wanted, fc2_wanted, *_ = ctx.needs_input_grad
         grad_ND, to_weights = grad_ND.contiguous(), torch.empty_like(weights_N)
+        fc1_L, fc2_L = fc1_LGD.unbind(), fc2_LDF.unbind()
         to_rows = torch.empty_like(rows_ND) if rows_wanted else None
         to_fc1 = _WeightGrad(fc1_LGD, ctx.plan) if fc1_wanted else None
         to_fc2 = _WeightGrad(fc2_LDF, ctx.plan) if fc2_wanted else None
         for index, chunk in enumerate(ctx.plan):
             rows, weights, grad = chunk.of(rows_ND), chunk.of(weights_N), chunk.of(grad_ND)
-            fc1, fc2 = fc1_LGD[chunk.expert], fc2_LDF[chunk.expert]
+            fc1, fc2 = fc1_L[chunk.expert], fc2_L[chunk.expert]
             hidden = kept[index] if index < len(kept) else linear(rows, fc1)
             to_hidden = torch.empty_like(hidden) if index < len(kept) else hidden  # what is kept may be asked for again
             product, to_weight = activate_back(
@@ -147,13 +154,14 @@ class _WeightGrad:
 
     def __init__(self, weight_LOI: Tensor, plan: list[Chunk]) -> None:
         self.grad = torch.empty_like(weight_LOI)
+        self._grad_L = self.grad.unbind()
         self._sum: Tensor | None = None
         for idle in set(range(len(weight_LOI))) - {chunk.expert for chunk in plan}:
             self.grad[idle] = 0
 
     def add(self, chunk: Chunk, part: Tensor) -> None:
         """Add a chunk's; chunks come in order."""
-        here = self.grad[chunk.expert]
+        here = self._grad_L[chunk.expert]
         if (chunk.first and chunk.last) or part.dtype.itemsize >= 4:
             (here.copy_ if chunk.first else here.add_)(part)
             return

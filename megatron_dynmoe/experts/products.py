@@ -44,6 +44,4 @@ def padded(rows: Tensor, length: int) -> Tensor:
     """[M, ...] with zeros behind it up to ``length``; as it is where there is nothing to add."""
     if rows.shape[0] == length:
         return rows
-    out = rows.new_zeros(length, *rows.shape[1:])
-    out[: rows.shape[0]] = rows
-    return out
+    return torch.cat([rows, rows.new_zeros(length - rows.shape[0], *rows.shape[1:])])

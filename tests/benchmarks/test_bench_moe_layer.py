@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import bench_moe_layer, measure, report
-from benchmarks.competitors import FLOOR, METHODS
+from benchmarks.competitors import FLOOR, METHODS, PRODUCTS
 from benchmarks.competitors.case import Setting, ragged_map
 from tests import ranks
 
@@ -44,11 +44,14 @@ def check_methods_agree() -> None:
                 assert name.startswith("megatron") and k == 2.5
                 continue
             out = method.step()
+            if name == PRODUCTS:
+                assert sum(chunk.end - chunk.begin for chunk in method.plan) == method.rows
+                continue
             if name == FLOOR:
                 assert [p.grad.shape for p in method.parameters] == [case.fc1_LGD.shape, case.fc2_LDF.shape]
                 continue
             results[name] = [out, method.x_TD.grad, method.weights_TE.grad, *method.expert_grads()]
-        assert len(results) == len(METHODS) - (3 if k == 2.5 else 1)
+        assert len(results) == len(METHODS) - (4 if k == 2.5 else 2)
         first = results.pop("dynmoe-expert")
         assert all(tensor.abs().max() > 0 for tensor in first)
         for name, tensors in results.items():
@@ -91,7 +94,7 @@ def test_a_run_writes_rows_table_and_picture(tmp_path):
     for (ep, k, method), row in by_key.items():
         assert row["seconds"] > 0 and row["peak_bytes"] > 0
         assert row["floor_seconds"] == by_key[ep, k, FLOOR]["seconds"]
-        assert (row["bytes_sent"] == 0) == (ep == 1 or method == FLOOR)
+        assert (row["bytes_sent"] == 0) == (ep == 1 or method in (FLOOR, PRODUCTS))
         if method in ("dynmoe-expert", "megatron", "megatron-sequential"):
             assert row["rows_sent"] == 32 * k * ep
     assert by_key[2, 2, "dynmoe-rank"]["rows_sent"] < by_key[2, 2, "dynmoe-expert"]["rows_sent"]
@@ -133,6 +136,29 @@ def test_peak_counts_what_was_alive_together():
 
     # two matrices of 4 MB at once, then one of 6 MB; torch aligns sizes by less than 1 KB
     assert measure._peak_on_cpu(step) == pytest.approx(8_000_000, abs=1000)
+
+
+@pytest.mark.parametrize("histogram", ["balanced", "skewed"])
+def test_no_more_memory_than_the_loop(histogram, tmp_path):
+    """At the size of --quick, from a mean k of 2 on. Sizes are exact: what is counted are allocations."""
+    ranks.call(check_memory, histogram, ranks=1, folder=tmp_path)
+
+
+def check_memory(histogram) -> None:
+    import torch.distributed as dist
+
+    from benchmarks.competitors import build
+    from benchmarks.competitors.case import Case
+
+    dist.init_process_group("gloo")
+    torch.set_num_threads(1)
+    quick = {name: bench_moe_layer.QUICK[name] for name in ("tokens", "width", "expert_width", "experts")}
+    for k in (2, 4, 8):
+        wanted = setting(**quick, mean_k=k, histogram=histogram)
+        case = Case.make(wanted, 0, "cpu", dist.group.WORLD, dist.group.WORLD)
+        ours, loop = (measure.peak_bytes(build(name, case), case) for name in ("dynmoe-expert", "loop"))
+        assert 0 < ours <= loop, (k, ours, loop)
+    dist.destroy_process_group()
 
 
 def test_findings_compare_with_the_right_rows():
