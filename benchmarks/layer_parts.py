@@ -1,11 +1,11 @@
-"""What the time of one layer above its GEMMs is made of: activation, moves, MoE++'s zero-computation experts.
+"""What the time of one layer is made of: grouped GEMMs, experts, activation, moves, MoE++'s zero-computation experts.
 
     python benchmarks/layer_parts.py --threads 2
 
-Activation and zero-computation experts (two constant, a copy and a zero expert) are run in blocks, which is what the
-layer does, and as operations over whole tensors.  Each part runs alone, forward and backward, in turn with the others;
-medians, and ratios to the GEMMs.  On one rank, in float32, with the allocator as it comes (``bench_moe_layer.py`` tells
-it to keep freed memory, which shrinks all parts).
+"experts" is what the layer does: products and activation, chunk by chunk.  Activation and zero-computation experts (two
+constant, a copy and a zero expert) are also run alone, in blocks and as operations over whole tensors.  Each part runs
+alone, forward and backward, in turn with the others; medians, and ratios to the GEMMs.  On one rank, in float32, with
+the allocator as it comes (``bench_moe_layer.py`` tells it to keep freed memory, which shrinks all parts).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_dynmoe.dispatch import combine, dispatch
-from megatron_dynmoe.experts import zero_computation
+from megatron_dynmoe.experts import grouped_mlp, zero_computation
 from megatron_dynmoe.experts.activation import gated_activation
 from megatron_dynmoe.routing import RoutePlan
 
@@ -88,6 +88,9 @@ def ffn_parts(tokens: int, width: int, inner: int, experts: int, k: int) -> Step
         F.grouped_mm(first, fc1.transpose(1, 2), offs=ends).backward(grads[2 * inner])
         F.grouped_mm(second, fc2.transpose(1, 2), offs=ends).backward(grads[width])
 
+    def ours() -> None:
+        grouped_mlp(first, row_weights, fc1, fc2, map_TE.sum(0)).backward(grads[width])
+
     def in_blocks() -> None:
         gated_activation(hidden, row_weights).backward(grads[inner])
 
@@ -101,7 +104,13 @@ def ffn_parts(tokens: int, width: int, inner: int, experts: int, k: int) -> Step
 
     leaves = (x, weights, fc1, fc2, first, second, hidden, row_weights)
 
-    steps = {"GEMMs": gemms, "activation, in blocks": in_blocks, "activation, whole tensors": whole, "moves": moves}
+    steps = {
+        "GEMMs": gemms,
+        "experts": ours,
+        "activation, in blocks": in_blocks,
+        "activation, whole tensors": whole,
+        "moves": moves,
+    }
     return cleared(steps, leaves)
 
 

@@ -2,8 +2,9 @@
 
 Written as separate operations, act(gate) * up * weight reads and writes ten tensors of [N, F], forward and backward,
 and keeps three of them.  Here the backward pass computes them again.  On a CPU the rows are taken in blocks, so that
-what lies between stays in the cache: that halves its time there (benchmarks/layer_parts.py).  On a GPU these are still
-four kernels forward and more backward, with float32 between them; a fused one is handed to ``grouped_mlp``.
+what lies between stays in the cache: that halves its time there (benchmarks/layer_parts.py).  Experts on a CPU take the
+GEMMs into the block as well (:mod:`megatron_dynmoe.experts.by_chunk`), with the functions below.  On a GPU these are
+still four kernels forward and more backward, with float32 between them; a fused one is handed to ``grouped_mlp``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Feed-forward experts over ragged groups of rows: two grouped GEMMs, the same call on the CPU and on CUDA."""
+"""Feed-forward experts over ragged groups of rows, one call for all devices: two grouped GEMMs, or chunks on a CPU."""
 
 from __future__ import annotations
 
