@@ -6,6 +6,7 @@ from typing import Any
 
 from megatron_dynmoe.config import DynMoEConfig
 from megatron_dynmoe.routers import GATES, RULES
+from megatron_dynmoe.routers.registry import methods
 from megatron_dynmoe.routers.router_config import all_fields, exported_fields
 from megatron_dynmoe.routers.settings import dest_of_field, flag_of_field
 
@@ -162,8 +163,8 @@ def _mixture(fields: dict[str, Any]) -> dict[str, Any]:
 
 def _routing(fields: dict[str, Any]) -> dict[str, Any]:
     """What gate and rule are set by, and what every router has."""
-    methods = GATES[fields["router_gate"]], RULES[fields["router_rule"]]
-    found = {dest_of_field(field): fields[name] for name, field in exported_fields(*methods, own=True).items()}
+    gate, rule = GATES[fields["router_gate"]], RULES[fields["router_rule"]]
+    found = {dest_of_field(field): fields[name] for name, field in exported_fields(gate, rule, own=True).items()}
     return found | {"moe_residual": fields["residual_mixture"]}
 
 
@@ -176,7 +177,9 @@ def _check_same(fields: dict[str, Any], again: dict[str, Any], file: Path) -> No
     from .configuration_dynmoe import DynMoEHFConfig
 
     found = DynMoEHFConfig(**again).to_dict()
-    for name in sorted((fields.keys() | found.keys()) - _NEUTRAL):
+    # Earlier exports have the settings of all methods; those of the others are not read.
+    unread = {name for *_, method in methods() for name in exported_fields(method)} - found.keys()
+    for name in sorted((fields.keys() | found.keys()) - _NEUTRAL - unread):
         if fields.get(name) != found.get(name):
             raise HFImportError(
                 f"{file} says {name} = {fields.get(name)!r}, which the training cannot express; accepted: "

@@ -14,8 +14,10 @@ from megatron_dynmoe.checkpoint.reader import DistCheckpoint
 from megatron_dynmoe.hf.export import export
 from megatron_dynmoe.hf.importing import import_model
 from megatron_dynmoe.programs import import_hf
+from tests.hf.test_hf_code import a_method, checkpoint  # noqa: F401  (a fixture of this module, too)
 from tests.hf.test_hf_moe_plus_plus import released_checkpoint
 from tests.hf_checkpoints import ARGS, make, megatron_weights, write_checkpoint
+from tests.written_before import NAMES, unpacked
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {
@@ -162,6 +164,36 @@ def test_slots_come_back_at_their_places_and_the_others_can_learn(tmp_path: Path
     assert checkpoint.shapes[router + "recorded_sums_BD"] == (3, 5, 16)
     assert not checkpoint.read(router + "schedule").any()
     assert any(sentence.startswith("6 inactive expert slots in 2 layers: newly drawn") for sentence in done.new)
+
+
+@pytest.mark.parametrize("moved", [True, False])
+def test_what_controllers_moved_comes_back(tmp_path: Path, moved: bool) -> None:
+    """A method of another package: its setting as it stood in each layer, its parameter, its controller's state."""
+    save = checkpoint(tmp_path / "save", "biased", "floor")
+    export(save, tmp_path / "exported", progress=False)
+    if not moved:  # the controller was off
+        said = config(tmp_path / "exported") | {"moved_settings": None}
+        (tmp_path / "exported/config.json").write_text(json.dumps(said, indent=2, sort_keys=True) + "\n")
+    done = import_model(tmp_path / "exported", tmp_path / "imported", progress=False)
+    export(done.path, tmp_path / "again", progress=False)
+    equal(tensors(tmp_path / "again"), tensors(tmp_path / "exported"))
+    assert config(tmp_path / "again") == config(tmp_path / "exported")
+    imported, router = DistCheckpoint(done.path), "decoder.layers.mlp.router."
+    assert {key.removeprefix(router) for key in imported.shapes if key.startswith(router)} == {
+        *("weight", "bias"),
+        *(("floor", "floor_error") if moved else ()),
+    }
+    assert not moved or torch.equal(imported.read(router + "floor"), torch.tensor([0.05, 0.6]))
+    at = done.flags.index("--moe-floor")
+    assert done.flags[at + 1] == "0.3"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_export_that_was_written_before_comes_back(tmp_path: Path, name: str) -> None:
+    folder = unpacked(name, tmp_path / "before") / "export"
+    done = import_model(folder, tmp_path / "imported", progress=False)
+    export(done.path, tmp_path / "again", progress=False)
+    equal(tensors(tmp_path / "again"), tensors(folder))
 
 
 def test_dtype_by_flag_leaves_routers_in_float32(tmp_path: Path) -> None:
