@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.competitors.method import NotPossible, StackedMethod, Wire, leaf
 from megatron_dynmoe.experts import by_chunk
-from megatron_dynmoe.experts.products import in_onednn, linear
+from megatron_dynmoe.experts.products import product_for
 from megatron_dynmoe.routing import RoutePlan
 
 
@@ -60,11 +60,11 @@ class OwnProducts(Floor):
         super().__init__(case)
         if case.x_TD.device.type != "cpu":
             raise NotPossible("off the CPU the library's products are the floor's.")
-        fc2_LDF, pad = case.fc2_LDF, in_onednn(case.x_TD, case.fc2_LDF[0])
-        self.plan = list(by_chunk.chunks(self.rows_per_expert_L, by_chunk.limit_of(fc2_LDF), pad=pad))
+        self.linear, pad = product_for(case.x_TD, case.fc2_LDF[0])
+        self.plan = list(by_chunk.chunks(self.rows_per_expert_L, by_chunk.limit_of(case.fc2_LDF), pad=pad))
 
     def step(self) -> None:
-        (rows_ND, inner_NF), (hidden_NG, out_ND) = self.inputs, self.grads
+        (rows_ND, inner_NF), (hidden_NG, out_ND), linear = self.inputs, self.grads, self.linear
         with torch.no_grad():
             for chunk in self.plan:
                 fc1, fc2 = (weight[chunk.expert] for weight in self.parameters)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_dynmoe.experts.activation import Activation, activate, activate_back
-from megatron_dynmoe.experts.products import in_onednn, linear, padded, row_step
+from megatron_dynmoe.experts.products import Product, padded, product_for, row_step
 
 # Rows of a chunk: about half the model's width, between these. With fewer the gradients of the weights are added up too
 # often, with more a chunk leaves the cache; wide models have enough to do in a chunk not to mind. Many threads want
@@ -74,9 +74,10 @@ def mlp_by_chunk(
     offset: float,
 ) -> Tensor:
     """:func:`~megatron_dynmoe.experts.grouped.grouped_mlp` of gated experts on a CPU; arguments and result as there."""
-    plan = list(chunks(rows_per_expert_L, limit_of(fc2_LDF), pad=in_onednn(rows_ND, fc2_LDF[0])))
+    linear, pad = product_for(rows_ND, fc2_LDF[0])
+    plan = list(chunks(rows_per_expert_L, limit_of(fc2_LDF), pad=pad))
     room = _room(rows_ND, fc2_LDF, max((chunk.length for chunk in plan), default=0)) if torch.is_grad_enabled() else 0
-    return _ByChunk.apply(rows_ND.contiguous(), weights_N, fc1_LGD, fc2_LDF, plan, activation, offset, room)
+    return _ByChunk.apply(rows_ND.contiguous(), weights_N, fc1_LGD, fc2_LDF, plan, linear, activation, offset, room)
 
 
 def _room(rows_ND: Tensor, fc2_LDF: Tensor, chunk: int) -> int:
@@ -101,6 +102,7 @@ class _ByChunk(torch.autograd.Function):
         fc1_LGD: Tensor,
         fc2_LDF: Tensor,
         plan: list[Chunk],
+        linear: Product,
         activation: Activation,
         offset: float,
         room: int,
@@ -115,7 +117,7 @@ class _ByChunk(torch.autograd.Function):
             if room >= 0:
                 kept.append(hidden)
         ctx.save_for_backward(rows_ND, weights_N, fc1_LGD, fc2_LDF, *kept)
-        ctx.plan, ctx.activation, ctx.offset = plan, activation, offset
+        ctx.plan, ctx.linear, ctx.activation, ctx.offset = plan, linear, activation, offset
         return out_ND
 
     @staticmethod
@@ -124,6 +126,7 @@ class _ByChunk(torch.autograd.Function):
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
         rows_ND, weights_N, fc1_LGD, fc2_LDF, *kept = ctx.saved_tensors
         rows_wanted, _, fc1_wanted, fc2_wanted, *_ = ctx.needs_input_grad
+        linear: Product = ctx.linear
         grad_ND, to_weights = grad_ND.contiguous(), torch.empty_like(weights_N)
         fc1_L, fc2_L = fc1_LGD.unbind(), fc2_LDF.unbind()
         to_rows = torch.empty_like(rows_ND) if rows_wanted else None
@@ -146,7 +149,7 @@ class _ByChunk(torch.autograd.Function):
             if to_fc1:
                 to_fc1.add(chunk, linear(to_hidden.t(), rows.t()))
         grads = to_rows, to_weights, to_fc1 and to_fc1.grad, to_fc2 and to_fc2.grad
-        return *grads, None, None, None, None
+        return *grads, None, None, None, None, None
 
 
 class _WeightGrad:

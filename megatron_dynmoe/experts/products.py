@@ -7,6 +7,8 @@ compile for ever.  So their number of rows is rounded up to one of a few, with r
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -18,21 +20,27 @@ _SMALLEST_WEIGHT = 1 << 14
 _HALF = (torch.bfloat16, torch.float16)
 
 
-def linear(x_MI: Tensor, weight_OI: Tensor) -> Tensor:
-    """x W^T: [M, I] and [O, I] to [M, O], of one dtype; no autograd."""
-    if in_onednn(x_MI, weight_OI) and x_MI.dtype == torch.float32:
-        return _ONEDNN(x_MI, weight_OI, None, "none", [], "")  # type: ignore[misc]
+Product = Callable[[Tensor, Tensor], Tensor]
+
+
+def product_for(rows: Tensor, weight: Tensor) -> tuple[Product, bool]:
+    """What multiplies rows by such weights: x W^T of [M, I] and [O, I], without autograd.
+
+    Returns:
+        the function; and whether it is done in oneDNN, which wants rows in multiples of :func:`row_step`.
+    """
+    large = _ONEDNN is not None and weight.numel() >= _SMALLEST_WEIGHT and rows.dtype == weight.dtype
+    if large and rows.dtype == torch.float32:
+        return _by_onednn, True
+    return _by_torch, large and rows.dtype in _HALF
+
+
+def _by_onednn(x_MI: Tensor, weight_OI: Tensor) -> Tensor:
+    return _ONEDNN(x_MI, weight_OI, None, "none", [], "")  # type: ignore[misc]
+
+
+def _by_torch(x_MI: Tensor, weight_OI: Tensor) -> Tensor:
     return x_MI @ weight_OI.t()
-
-
-def in_onednn(x_MI: Tensor, weight_OI: Tensor) -> bool:
-    """Whether :func:`linear` of these is done in oneDNN, which wants rows in multiples of :func:`row_step`."""
-    return (
-        _ONEDNN is not None
-        and x_MI.dtype == weight_OI.dtype
-        and (x_MI.dtype == torch.float32 or x_MI.dtype in _HALF)
-        and weight_OI.numel() >= _SMALLEST_WEIGHT
-    )
 
 
 def row_step(rows: int) -> int:

@@ -196,7 +196,8 @@ def test_explicit_products_are_obeyed():
 def test_a_torch_without_onednn(monkeypatch):
     tensors, grad = case(torch.float32, [40, 90], 128, 128)
     wanted = run(grouped_mlp, tensors, grad, [40, 90])
-    assert products.in_onednn(tensors["rows"], tensors["fc2"][0]) == torch.backends.mkldnn.is_available()
+    assert products.product_for(tensors["rows"], tensors["fc2"][0])[1] == torch.backends.mkldnn.is_available()
+    assert not products.product_for(tensors["rows"], tensors["fc2"][0, :8, :8])[1], "ragged shapes of small products"
     monkeypatch.setattr(products, "_ONEDNN", None)
     for got, with_it in zip(run(grouped_mlp, tensors, grad, [40, 90]), wanted, strict=True):
         # sums of 256 float32 products at most, three after each other, in another order

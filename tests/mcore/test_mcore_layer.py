@@ -262,11 +262,14 @@ def test_a_bare_layer_is_on_the_device(tmp_path):
 def check_one_wait_a_pass() -> None:
     """The points where the host waits for a CUDA device, patched and counted over forward and backward of a layer."""
     from megatron_dynmoe.config import DynMoEConfig
+    from megatron_dynmoe.experts.grouped import grouped_linear
 
     _setup()
     blocking = ("tolist", "item", "cpu", "nonzero", "__bool__", "__int__", "__float__", "__index__", "numpy")
     for unit in ("expert", "rank"):
         layer = _layer(_config(), DynMoEConfig(dispatch_unit=unit, load_balance_coeff=0.01, entropy_coeff=0.01))
+        # as on a GPU: experts on a CPU read the rows of each, which the dispatcher hands over on the host
+        type(layer.experts).linears = grouped_linear, grouped_linear
         x = torch.randn(S, B, D, requires_grad=True)
         layer(x)[0].sum().backward()  # once before, so that nothing of a first call is counted
         waits: list[str] = []
