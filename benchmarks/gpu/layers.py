@@ -139,7 +139,11 @@ def uneven(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def routed(layer: Any, choose: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor) -> None:
     """From now on the layer's router answers with what ``choose`` makes of ``x``."""
-    weights, chosen = choose(x)
-    none = torch.zeros((), dtype=torch.int64, device=x.device)
-    answer = Routing(weights, chosen, weights.detach(), weights.detach(), E, none, none)
-    layer.router.forward = lambda *args, **kwargs: answer
+    answers(layer, *choose(x))
+
+
+def answers(layer: Any, weights: Tensor, chosen: Tensor) -> None:
+    """From now on the layer's router answers with these weights and this map, [T, E]."""
+    none = torch.zeros((), dtype=torch.int64, device=weights.device)
+    routing = Routing(weights, chosen, weights.detach(), weights.detach(), chosen.shape[1], none, none)
+    layer.router.forward = lambda *args, **kwargs: routing
