@@ -32,9 +32,9 @@ class DynMoEConfig(RouterConfig):
     instead of adding them; needs --moe-shared-expert-intermediate-size."""
 
     expert_backend: str = setting("auto", ["auto", "torch", "sequential", "te"], training=True)
-    """Who computes the experts: 'torch' (grouped_mm on ragged groups, CPU and CUDA), 'sequential' (Megatron's loop),
-    'te' (Transformer Engine's grouped GEMM, FP8). 'auto': 'te' where the layer spec has it, else 'torch' where it
-    can serve, else 'sequential'."""
+    """Who computes the experts: 'torch' (grouped_mm on ragged groups; on a CPU chunk by chunk),
+    'sequential' (Megatron's loop), 'te' (Transformer Engine's grouped GEMM, FP8). 'auto': 'te' where the layer spec
+    has it, else 'torch' where it can serve, else 'sequential'."""
 
     fp8_recipe: str = setting("none", ["none", "delayed", "tensorwise", "blockwise", "rowwise"], training=True)
     """FP8 for the GEMMs of the torch experts, without Transformer Engine (docs/fp8.md). What shares a scale: 'delayed'

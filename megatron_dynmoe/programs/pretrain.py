@@ -13,7 +13,7 @@ HELP = f"""usage: torchrun --nproc-per-node RANKS $(which dynmoe-pretrain) FLAGS
 
 Most of Megatron's flags, and one for each setting of the routing:
   --num-experts E                   experts of a layer
-  --moe-preset NAME                 a published system: {{presets}}
+  --moe-preset NAME                 a published system; --help-all lists them
   --moe-rule RULE                   how a token chooses; wins over the preset, as all flags do
   --expert-model-parallel-size N    ranks that share the experts
   --moe-metrics-file FILE           losses and experts per token, a line an interval; dynmoe-report reads it
@@ -30,20 +30,13 @@ example, on the CPU of any machine and on made-up data:
 """
 
 
-def help_text() -> str:
-    """The help that is shown; the presets are those of the methods, which take a second to import."""
-    from megatron_dynmoe.config import PRESETS
-
-    return HELP.rstrip().format(presets=", ".join(PRESETS))
-
-
 def main(argv: list[str] | None = None) -> int:
     """Check the data, then train; the exit codes are those of :func:`megatron_dynmoe.training.pretrain.main`."""
     if under_torchrun():
         end_with_parent()  # from here on, not after the seconds that Megatron's import takes
     words = list(sys.argv[1:] if argv is None else argv)
     if "--version" in words or {"-h", "--help"} & set(words):
-        print(f"megatron_dynmoe {__version__}" if "--version" in words else help_text())
+        print(f"megatron_dynmoe {__version__}" if "--version" in words else HELP.rstrip())
         return 0
     if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} & set(os.environ):
         # started by itself, it is the only rank: it meets nobody, at a port that the system chooses

@@ -187,8 +187,10 @@ def method_in_words(kind: str, name: str, config: Any) -> str:
 
 def rule_in_words(config: Any) -> str:
     """How the model chooses experts."""
+    from megatron_dynmoe.routers.router_config import RouterConfig
+
     words = method_in_words("rule", config.router_rule, config)
-    gate = method_in_words("gate", getattr(config, "router_gate", "softmax"), config)
+    gate = method_in_words("gate", getattr(config, "router_gate", RouterConfig.gate), config)
     cap = config.max_experts_per_token
     free = {kind: getattr(config, f"{kind}_experts", None) or 0 for kind in FREE_KINDS}
     parts = [f"rule {words}", f"gate {gate}"]
