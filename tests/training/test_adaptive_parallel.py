@@ -26,7 +26,8 @@ PLAIN = ["--moe-added-expert-init", "fresh"]
 SHARDED = "--moe-added-expert-init copy --moe-max-added-experts 2 --moe-residual --moe-train-cosine-scale".split()
 SCALARS = ("lm loss", "grad-norm", "diversity_loss", "simplicity_loss", "efficiency_loss", "load_balancing_loss")
 LAYOUTS_HERE = LAYOUTS | DISTRIBUTED_OPTIMIZER
-PLAIN_LEGS = list(LAYOUTS)
+# What a row on the wire is, and whether shared experts run behind it, adaptation does not see.
+PLAIN_LEGS = [name for name in LAYOUTS if not name.endswith(("-rank", "-auto", "overlap"))]
 SHARDED_LEGS = ["serial-distopt", "ep2-distopt", "dp2-overlap", "pp2-distopt", "tp2-ep2-distopt", "dp2-distopt"]
 
 
@@ -181,7 +182,7 @@ def test_the_relays_end_with_the_routers_of_the_single_rank(plain, sharded):
                 assert torch.equal(merged[layer][name], state[name]), (layer, name)
             for name in ("weight", "thresholds"):
                 # Adam divides a gradient by its own size: a step of lr = 1e-3 can differ by the relative error of the
-                # smallest gradients, so each of up to 34 steps by 1e-3 times some 1e-4.
+                # smallest gradients, so each of up to 24 steps by 1e-3 times some 1e-4.
                 assert torch.allclose(merged[layer][name], state[name], rtol=1e-5, atol=4e-6), (layer, name)
 
 
