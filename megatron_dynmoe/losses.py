@@ -64,7 +64,7 @@ def z_loss(logits_TE: Tensor, *, num_tokens: Tensor | float) -> Tensor:
 
 
 def heterogeneous_balance_loss(
-    scores_TC: Tensor, *, rows_C: Tensor, num_tokens: Tensor | float, free: int, tau: float
+    scores_TC: Tensor, *, rows_C: Tensor, num_tokens: Tensor | float, zero_computation: int, tau: float
 ) -> Tensor:
     """L_b = sum_i eta_i f_i P_i, eta = 1 for FFN experts and tau for zero-computation ones.
 
@@ -75,14 +75,14 @@ def heterogeneous_balance_loss(
         scores_TC: float32 probabilities of this rank's tokens.
         rows_C: tokens that chose each expert, over the whole micro-batch; no gradient.
         num_tokens: tokens of the whole micro-batch.
-        free: zero-computation experts, the last columns.
+        zero_computation: zero-computation experts, the last columns.
         tau: their weight.
 
     Returns:
         float32 scalar: this rank's share.
     """
     eta_C = torch.ones_like(rows_C, dtype=scores_TC.dtype)
-    eta_C[len(eta_C) - free :] = tau
+    eta_C[len(eta_C) - zero_computation :] = tau
     return (eta_C * rows_C / num_tokens * scores_TC.sum(dim=0) / num_tokens).sum()
 
 

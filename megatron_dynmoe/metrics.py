@@ -54,7 +54,7 @@ class RoutingSummary:
         unrouted: share of tokens that visit no FFN expert, mean over MoE layers.
         unrouted_by_layer: the same by layer index.
         dropped: assignments that did not fit into a capacity, all layers and ranks.
-        free_by_layer: by layer index and kind of zero-computation expert, the share of tokens that choose it.
+        kinds_by_layer: by layer index and kind of zero-computation expert, the share of tokens that choose it.
         traffic: of all layers and ranks; with the alltoall and flex dispatchers.
     """
 
@@ -68,7 +68,7 @@ class RoutingSummary:
     unrouted: float = 0.0
     unrouted_by_layer: dict[int, float] = field(default_factory=dict)
     dropped: int = 0
-    free_by_layer: dict[int, dict[str, float]] = field(default_factory=dict)
+    kinds_by_layer: dict[int, dict[str, float]] = field(default_factory=dict)
     traffic: Traffic = Traffic()
 
     def scalars(self) -> dict[str, float]:
@@ -79,8 +79,8 @@ class RoutingSummary:
             "load_imbalance": self.load_imbalance,
             "unrouted_tokens": self.unrouted,
         } | {
-            f"{kind}_tokens": sum(shares[kind] for shares in self.free_by_layer.values()) / len(self.free_by_layer)
-            for kind in next(iter(self.free_by_layer.values()), {})
+            f"{kind}_tokens": sum(shares[kind] for shares in self.kinds_by_layer.values()) / len(self.kinds_by_layer)
+            for kind in next(iter(self.kinds_by_layer.values()), {})
         }
 
 
@@ -89,22 +89,22 @@ class RoutingStats:
 
     Args:
         num_layers, num_experts: of the model.
-        free: zero-computation experts by kind, in the order of their columns.
+        kinds: zero-computation experts by kind, in the order of their columns.
     """
 
-    def __init__(self, num_layers: int, num_experts: int, free: dict[str, int] | None = None) -> None:
+    def __init__(self, num_layers: int, num_experts: int, kinds: dict[str, int] | None = None) -> None:
         self.num_experts = num_experts
-        self.free = {kind: count for kind, count in (free or {}).items() if count > 0}
+        self.kinds = {kind: count for kind, count in (kinds or {}).items() if count > 0}
         # Columns: E rows per expert, E + 1 of the histogram, tokens by kind of zero-computation expert, rows dropped,
         # rows cut; one tensor, so that one all-reduce sums it.
-        self.counts = torch.zeros(num_layers, 2 * num_experts + 1 + len(self.free) + 2, dtype=torch.int64)
+        self.counts = torch.zeros(num_layers, 2 * num_experts + 1 + len(self.kinds) + 2, dtype=torch.int64)
         self.traffic = Traffic()
 
     def add(self, layer: int, routing: Routing, valid_T: Tensor | None = None) -> None:
         """Count one routing at layer ``layer``; of its tokens those that ``valid_T`` (bool) names, or all."""
-        map_TE, free_TZ = routing.map_TE, routing.map_TZ
+        map_TE, map_TZ = routing.map_TE, routing.map_TZ
         if valid_T is not None:
-            map_TE, free_TZ = map_TE & valid_T.unsqueeze(-1), free_TZ & valid_T.unsqueeze(-1)
+            map_TE, map_TZ = map_TE & valid_T.unsqueeze(-1), map_TZ & valid_T.unsqueeze(-1)
         if self.counts.device != map_TE.device:
             self.counts = self.counts.to(map_TE.device)
         with torch.no_grad():
@@ -112,7 +112,7 @@ class RoutingStats:
             row[: self.num_experts] += map_TE.sum(dim=0)
             experts_T = map_TE.sum(dim=1) + self.num_experts
             row.index_add_(0, experts_T, torch.ones_like(experts_T) if valid_T is None else valid_T.long())
-            for place, columns in enumerate(free_TZ.split(list(self.free.values()), dim=1) if self.free else ()):
+            for place, columns in enumerate(map_TZ.split(list(self.kinds.values()), dim=1) if self.kinds else ()):
                 row[2 * self.num_experts + 1 + place] += columns.any(dim=1).sum()
             row[-2] += routing.dropped
             row[-1] += routing.cut
@@ -134,13 +134,13 @@ class RoutingStats:
             dist.all_reduce(counts)
         counts = counts.cpu() // divide_by
         sent = Traffic(*counts[-3:].tolist())
-        return replace(summarize(counts[:-3].view(shape), self.num_experts, list(self.free)), traffic=sent)
+        return replace(summarize(counts[:-3].view(shape), self.num_experts, list(self.kinds)), traffic=sent)
 
 
 def summarize(counts: Tensor, num_experts: int, kinds: list[str]) -> RoutingSummary:
     """Counts, as :class:`RoutingStats` has them, to a summary; layers without tokens are dense and left out."""
     rows, histogram = counts[:, :num_experts], counts[:, num_experts : 2 * num_experts + 1]
-    free = counts[:, 2 * num_experts + 1 : -2]
+    chosen = counts[:, 2 * num_experts + 1 : -2]
     tokens = histogram.sum(dim=1)
     moe = [layer for layer in range(len(counts)) if tokens[layer] > 0]
     if not moe:
@@ -161,7 +161,7 @@ def summarize(counts: Tensor, num_experts: int, kinds: list[str]) -> RoutingSumm
         unrouted=sum(unrouted.values()) / len(moe),
         unrouted_by_layer=unrouted,
         dropped=int(counts[:, -2].sum()),
-        free_by_layer={layer: dict(zip(kinds, (free[layer] / tokens[layer]).tolist(), strict=True)) for layer in moe}
+        kinds_by_layer={layer: dict(zip(kinds, (chosen[layer] / tokens[layer]).tolist(), strict=True)) for layer in moe}
         if kinds
         else {},
     )

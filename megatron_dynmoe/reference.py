@@ -117,12 +117,14 @@ def free_experts(x_TD: Tensor, weights_TZ: Tensor, select_C2D: Tensor, values_CD
     return torch.stack(rows)
 
 
-def heterogeneous_balance(scores: list[list[float]], chosen: list[set[int]], free: int, tau: float) -> float:
-    """sum_i eta_i (fraction of tokens that chose i) (mean score of i); eta = tau for the last ``free`` experts."""
+def heterogeneous_balance(
+    scores: list[list[float]], chosen: list[set[int]], zero_computation: int, tau: float
+) -> float:
+    """sum_i eta_i (fraction of tokens that chose i) (mean score of i); eta = tau for the last ``zero_computation``."""
     tokens, experts = len(scores), len(scores[0])
     total = 0.0
     for i in range(experts):
-        eta = tau if i >= experts - free else 1.0
+        eta = tau if i >= experts - zero_computation else 1.0
         total += eta * sum(i in choice for choice in chosen) / tokens * sum(row[i] for row in scores) / tokens
     return total
 

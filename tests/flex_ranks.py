@@ -69,7 +69,7 @@ def results(layer, x, previous=None) -> list[torch.Tensor]:
 
     dynmoe = layer.dynmoe
     kinds = {kind: getattr(dynmoe, f"{kind}_experts") for kind in ("constant", "copy", "zero")}
-    set_moe_metrics_tracker(tracker := RoutingTracker(num_layers=1, num_experts=E, free=kinds))
+    set_moe_metrics_tracker(tracker := RoutingTracker(num_layers=1, num_experts=E, kinds=kinds))
     leaves = [x, *layer.parameters()] + ([] if previous is None else [previous])
     layer.train()
     out, _, *logits = layer(x, previous=previous)

@@ -69,13 +69,13 @@ class DynMoESparseMLP(nn.Module):
     def forward(self, hidden_states, carried=None):
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         previous_TC = carried.before(self.layer_idx) if carried is not None else None
-        logits_TC, weights_TE, map_TE, free_weights_TZ, _ = self.router(x_TD, previous_TC)
+        logits_TC, weights_TE, map_TE, weights_TZ, _ = self.router(x_TD, previous_TC)
         if carried is not None:
             carried.by_layer[self.layer_idx] = logits_TC
         scaled_TD = x_TD if self.input_scale == 1 else x_TD * self.input_scale
         out_TD = self.routed(scaled_TD, weights_TE, map_TE)
         if self.free_experts is not None:
-            out_TD = out_TD + self.free_experts(scaled_TD, free_weights_TZ)
+            out_TD = out_TD + self.free_experts(scaled_TD, weights_TZ)
         out_TD = out_TD.to(x_TD.dtype)
         if self.shared_expert is not None:
             shared_TD = self.shared_expert(x_TD)

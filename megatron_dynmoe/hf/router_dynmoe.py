@@ -87,7 +87,7 @@ class DynMoERouter(nn.Module):
             previous_TC: the previous mixture's logits, for the gating residual; None in the first mixture.
 
         Returns:
-            (logits_TC, weights_TE, map_TE, free_weights_TZ, free_map_TZ): logits with the gating residual, as the next
+            (logits_TC, weights_TE, map_TE, weights_TZ, map_TZ): logits with the gating residual, as the next
             mixture reads them; weights and choice of the feed-forward and of the zero-computation experts.
         """
         # Autocast would compute the product in its own dtype.

@@ -31,7 +31,7 @@ class RoutingTracker(MoEMetricsTracker):
     Args:
         num_layers: transformer layers of the model, including multi-token-prediction layers.
         num_experts: E.
-        free: zero-computation experts by kind, in the order of their columns.
+        kinds: zero-computation experts by kind, in the order of their columns.
         copies: ranks that see the same tokens (tensor-parallel ranks without sequence parallelism), else 1.
         log_interval: iterations between reports.
         loss_names: losses to report besides those that the training loop asks for.
@@ -45,7 +45,7 @@ class RoutingTracker(MoEMetricsTracker):
         *,
         num_layers: int,
         num_experts: int,
-        free: dict[str, int] | None = None,
+        kinds: dict[str, int] | None = None,
         copies: int = 1,
         log_interval: int = 1,
         loss_names: tuple[str, ...] = (),
@@ -53,8 +53,8 @@ class RoutingTracker(MoEMetricsTracker):
         on_step: StepHook | None = None,
     ) -> None:
         super().__init__()
-        self.stats = RoutingStats(num_layers, num_experts, free)
-        self.evaluation_stats = RoutingStats(num_layers, num_experts, free)
+        self.stats = RoutingStats(num_layers, num_experts, kinds)
+        self.evaluation_stats = RoutingStats(num_layers, num_experts, kinds)
         self.iteration: int | None = None  # the last one reported
         # Iterations in the counts. Megatron's own sums differ: it logs the first iteration of a run and does not reset.
         self.iterations = 0

@@ -103,9 +103,9 @@ def moe_token_bytes(model: Model) -> int:
     another tensor where the input is scaled.
     """
     routing, columns = model.routing, model.columns
-    free = routing.zero_computation_experts
-    inputs = 1 if free and routing.expert_input_scale != 1 else 0
-    weights = 4 * columns if free else 0  # of zero-computation experts
+    zero_computation = routing.zero_computation_experts
+    inputs = 1 if zero_computation and routing.expert_input_scale != 1 else 0
+    weights = 4 * columns if zero_computation else 0  # of zero-computation experts
     kept = router_bytes(routing, columns, model.width, model.itemsize)
     return inputs * model.width * model.itemsize + kept + weights + 4 * routing.constant_experts
 

@@ -20,7 +20,7 @@ from megatron_dynmoe.errors import one_sentence
 from megatron_dynmoe.plugins import load_plugins
 from megatron_dynmoe.programs.command import add_plugin_flag, command_parser
 from megatron_dynmoe.report.metrics_file import ReportError
-from megatron_dynmoe.report.token_costs import FREE_KINDS, TokenCosts, token_costs
+from megatron_dynmoe.report.token_costs import KINDS, TokenCosts, token_costs
 from megatron_dynmoe.report.token_page import PageHead, token_page
 from megatron_dynmoe.report.token_text import tokens_of_text
 
@@ -139,18 +139,18 @@ def costs_of_text(text: str, tokenizer: Any, model: Any, *, window: int) -> Toke
             "tokenizer of the training."
         )
     tokens = tokens_of_text(text, ids=ids, pieces=tokenizer.convert_ids_to_tokens(ids), spans=encoded["offset_mapping"])
-    free = {kind: getattr(config, f"{kind}_experts", None) or 0 for kind in FREE_KINDS}
-    maps, free_maps = routing_maps(model, ids, window=window, free=sum(free.values()) > 0)
+    kinds = {kind: getattr(config, f"{kind}_experts", None) or 0 for kind in KINDS}
+    maps, maps_TZ = routing_maps(model, ids, window=window, kinds=sum(kinds.values()) > 0)
     layers = [index for index, is_moe in enumerate(config.moe_layers) if is_moe]
-    return token_costs(tokens, maps, layers=layers, free_maps=free_maps, free_experts=free)
+    return token_costs(tokens, maps, layers=layers, maps_TZ=maps_TZ, experts_of_kind=kinds)
 
 
-def routing_maps(model: Any, ids: list[int], *, window: int, free: bool) -> tuple[list[Any], list[Any] | None]:
-    """For each MoE layer the FFN experts of all tokens [T, E], and with ``free`` the zero-computation ones [T, Z]."""
+def routing_maps(model: Any, ids: list[int], *, window: int, kinds: bool) -> tuple[list[Any], list[Any] | None]:
+    """For each MoE layer the FFN experts of all tokens [T, E], and with ``kinds`` the zero-computation ones [T, Z]."""
     import torch
     from tqdm import tqdm
 
-    names = ["routing_map", "free_routing_map"] if free else ["routing_map"]
+    names = ["routing_map", "free_routing_map"] if kinds else ["routing_map"]
     parts: dict[str, list[Any]] = {name: [] for name in names}
     with torch.inference_mode(), tqdm(total=len(ids), desc="tokens", unit="token") as progress:
         for start in range(0, len(ids), window):
@@ -162,7 +162,7 @@ def routing_maps(model: Any, ids: list[int], *, window: int, free: bool) -> tupl
                 parts[name].append([layer.cpu() for layer in outputs[name]])
             progress.update(len(piece))
     joined = [[torch.cat(layer) for layer in zip(*parts[name], strict=True)] for name in names]
-    return joined[0], joined[1] if free else None
+    return joined[0], joined[1] if kinds else None
 
 
 def window_of(asked: int | None, config: Any) -> int:
@@ -192,12 +192,12 @@ def rule_in_words(config: Any) -> str:
     words = method_in_words("rule", config.router_rule, config)
     gate = method_in_words("gate", getattr(config, "router_gate", RouterConfig.gate), config)
     cap = config.max_experts_per_token
-    free = {kind: getattr(config, f"{kind}_experts", None) or 0 for kind in FREE_KINDS}
+    kinds = {kind: getattr(config, f"{kind}_experts", None) or 0 for kind in KINDS}
     parts = [f"rule {words}", f"gate {gate}"]
     if cap is not None:
         parts.append(f"at most {cap} experts per token")
-    if any(free.values()):
-        counts = ", ".join(f"{count} {kind}" for kind, count in free.items() if count)
+    if any(kinds.values()):
+        counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items() if count)
         parts.append(f"zero-computation experts: {counts}")
     return "; ".join(parts)
 

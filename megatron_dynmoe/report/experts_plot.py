@@ -50,7 +50,7 @@ def experts_figure(run: Run, *, title: str = "") -> Figure:
         ) from None
 
     has_unrouted = any(record.unrouted is not None for record in run.records)
-    heights = [1.6] * run.adaptive + [1.0] * (1 + bool(run.free_kinds) + has_unrouted)
+    heights = [1.6] * run.adaptive + [1.0] * (1 + bool(run.kinds) + has_unrouted)
     figure = Figure(figsize=(9, 0.6 + 2.2 * sum(heights)), layout="constrained")
     axes = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     panels = iter(axes)
@@ -58,15 +58,15 @@ def experts_figure(run: Run, *, title: str = "") -> Figure:
         _draw_active(next(panels), run)
     axis = next(panels)
     _draw_shares(axis, run, mean=lambda record: record.experts_per_token, layers=lambda record: record.experts_by_layer)
-    axis.set_ylabel("FFN experts per token" if run.free_kinds else "experts per token")
-    if run.free_kinds:
+    axis.set_ylabel("FFN experts per token" if run.kinds else "experts per token")
+    if run.kinds:
         axis = next(panels)
         _draw_free(axis, run)
         axis.yaxis.set_major_formatter(PercentFormatter(xmax=1))
     if has_unrouted:
         axis = next(panels)
         _draw_shares(axis, run, mean=lambda record: record.unrouted, layers=lambda record: record.unrouted_by_layer)
-        axis.set_ylabel("tokens without FFN expert" if run.free_kinds else "tokens that visited nobody")
+        axis.set_ylabel("tokens without FFN expert" if run.kinds else "tokens that visited nobody")
         axis.yaxis.set_major_formatter(PercentFormatter(xmax=1))
         axis.set_ylim(bottom=0)
     axes[-1].set_xlabel("iteration")
@@ -180,12 +180,14 @@ def _draw_shares(
 
 def _draw_free(axis: Axes, run: Run) -> None:
     """The share of tokens that chose a kind of zero-computation expert: the mean over layers thick, each layer thin."""
-    for place, kind in enumerate(run.free_kinds):
+    for place, kind in enumerate(run.kinds):
         color = f"C{place}"
-        for layer in sorted({layer for record in run.records for layer in record.free_by_layer}):
-            points = [(r.iteration, r.free_by_layer[layer][kind]) for r in run.records if layer in r.free_by_layer]
+        for layer in sorted({layer for record in run.records for layer in record.kinds_by_layer}):
+            points = [(r.iteration, r.kinds_by_layer[layer][kind]) for r in run.records if layer in r.kinds_by_layer]
             axis.plot(*zip(*points, strict=True), linewidth=PER_LAYER_WIDTH, color=color, alpha=0.5)
-        shares = [(r.iteration, [by[kind] for by in r.free_by_layer.values()]) for r in run.records if r.free_by_layer]
+        shares = [
+            (r.iteration, [by[kind] for by in r.kinds_by_layer.values()]) for r in run.records if r.kinds_by_layer
+        ]
         means = [(iteration, sum(values) / len(values)) for iteration, values in shares]
         axis.plot(*zip(*means, strict=True), linewidth=2, color=color, label=kind)
     axis.set_ylabel("tokens that chose one")

@@ -47,7 +47,7 @@ class TrainingRecord:
         iteration: the last one of the interval.
         experts_per_token: mean over tokens and layers. experts_by_layer: over tokens, by layer index.
         unrouted: share of tokens that visit nobody, mean over layers. unrouted_by_layer: the same by layer index.
-        free_by_layer: by layer index and kind of zero-computation expert, the share of tokens that chose one.
+        kinds_by_layer: by layer index and kind of zero-computation expert, the share of tokens that chose one.
         active_by_layer: experts after the interval, by layer index; ``None`` without adaptive experts.
         changes: updates in the interval.
     """
@@ -57,7 +57,7 @@ class TrainingRecord:
     experts_by_layer: dict[int, float]
     unrouted: float | None = None
     unrouted_by_layer: dict[int, float] = field(default_factory=dict)
-    free_by_layer: dict[int, dict[str, float]] = field(default_factory=dict)
+    kinds_by_layer: dict[int, dict[str, float]] = field(default_factory=dict)
     active_by_layer: dict[int, int] | None = None
     changes: tuple[ExpertChange, ...] = ()
 
@@ -70,7 +70,7 @@ class Run:
         records: with rising iterations; at least one.
         adaptive: whether the number of experts adapts.
         changes: of all records, by iteration and layer.
-        free_kinds: of zero-computation experts, in the order of their columns.
+        kinds: of zero-computation experts, in the order of their columns.
     """
 
     records: tuple[TrainingRecord, ...]
@@ -80,8 +80,10 @@ class Run:
         return any(record.active_by_layer is not None for record in self.records)
 
     @property
-    def free_kinds(self) -> list[str]:
-        return list(dict.fromkeys(kind for r in self.records for shares in r.free_by_layer.values() for kind in shares))
+    def kinds(self) -> list[str]:
+        return list(
+            dict.fromkeys(kind for r in self.records for shares in r.kinds_by_layer.values() for kind in shares)
+        )
 
     @property
     def changes(self) -> list[ExpertChange]:
@@ -134,7 +136,7 @@ def _record(fields: dict[str, Any], where: str) -> TrainingRecord:
         experts_by_layer=get("experts_per_token_by_layer", _by_layer(float)),
         unrouted=get("unrouted_tokens", float) if "unrouted_tokens" in fields else None,
         unrouted_by_layer=get("unrouted_tokens_by_layer", _by_layer(float), {}),
-        free_by_layer=get("free_tokens_by_layer", _by_layer(_shares), {}),
+        kinds_by_layer=get("free_tokens_by_layer", _by_layer(_shares), {}),
         active_by_layer=get("active_experts_by_layer", _by_layer(int)) if "active_experts_by_layer" in fields else None,
         changes=get("expert_changes", _changes, ()),
     )

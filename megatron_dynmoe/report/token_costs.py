@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_dynmoe.report.token_text import Token
 
-FREE_KINDS = ("constant", "copy", "zero")  # in the order of the columns of a map of zero-computation experts
+KINDS = ("constant", "copy", "zero")  # in the order of the columns of a map of zero-computation experts
 
 
 @dataclass(frozen=True)
@@ -24,22 +24,22 @@ class LayerCosts:
         layer: index in the model, from 0; dense layers count.
         experts: FFN experts that it has.
         visited: FFN experts of each token [T].
-        free: zero-computation experts of each token [T], by kind; only the kinds that the layer has.
+        kinds: zero-computation experts of each token [T], by kind; only the kinds that the layer has.
     """
 
     layer: int
     experts: int
     visited: tuple[int, ...]
-    free: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    kinds: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def mean(self) -> float:
         """FFN experts per token."""
         return sum(self.visited) / len(self.visited)
 
-    def free_shares(self) -> dict[str, float]:
+    def kind_shares(self) -> dict[str, float]:
         """Share of each kind of zero-computation expert in the (token, expert) pairs, those of FFN experts included."""
-        sums = {kind: sum(counts) for kind, counts in self.free.items()}
+        sums = {kind: sum(counts) for kind, counts in self.kinds.items()}
         pairs = sum(self.visited) + sum(sums.values())
         return {kind: count / pairs if pairs else 0.0 for kind, count in sums.items()}
 
@@ -98,8 +98,8 @@ def token_costs(
     maps: Sequence[Any],
     *,
     layers: Sequence[int] | None = None,
-    free_maps: Sequence[Any] | None = None,
-    free_experts: Mapping[str, int] | None = None,
+    maps_TZ: Sequence[Any] | None = None,
+    experts_of_kind: Mapping[str, int] | None = None,
 ) -> TokenCosts:
     """Counts what the routing maps of a text say.
 
@@ -107,8 +107,8 @@ def token_costs(
         tokens: of the text [T].
         maps: for each MoE layer which FFN experts a token uses [T, E] (bool, or 0 and 1).
         layers: indices of those layers in the model; 0, 1, ... if not given.
-        free_maps: for each MoE layer which zero-computation experts a token uses [T, Z]: constant, copy, zero.
-        free_experts: experts of each of :data:`FREE_KINDS` in a layer; they add up to Z.
+        maps_TZ: for each MoE layer which zero-computation experts a token uses [T, Z]: constant, copy, zero.
+        experts_of_kind: experts of each of :data:`KINDS` in a layer; they add up to Z.
 
     Raises:
         ValueError: no token or layer, or a map whose size does not fit.
@@ -116,20 +116,22 @@ def token_costs(
     if not tokens or not maps:
         raise ValueError(f"there are {len(tokens)} tokens and {len(maps)} MoE layers; one of each is the least.")
     indices = range(len(maps)) if layers is None else layers
-    free: Sequence[Any] = [None] * len(maps) if free_maps is None else free_maps
-    if not len(indices) == len(free) == len(maps):
-        raise ValueError(f"{len(maps)} maps are of {len(indices)} layers, {len(free)} of which have free experts.")
+    others: Sequence[Any] = [None] * len(maps) if maps_TZ is None else maps_TZ
+    if not len(indices) == len(others) == len(maps):
+        raise ValueError(
+            f"{len(maps)} maps are of {len(indices)} layers, {len(others)} of which have zero-computation experts."
+        )
     found = []
-    for index, map_TE, map_TZ in zip(indices, maps, free, strict=True):
+    for index, map_TE, map_TZ in zip(indices, maps, others, strict=True):
         if len(map_TE) != len(tokens):
             raise ValueError(f"the map of layer {index} has {len(map_TE)} rows for {len(tokens)} tokens.")
-        kinds = {} if map_TZ is None else _free_counts(map_TZ, free_experts or {}, layer=index, tokens=len(tokens))
-        found.append(LayerCosts(index, experts=len(map_TE[0]), visited=_row_sums(map_TE), free=kinds))
+        kinds = {} if map_TZ is None else _kind_counts(map_TZ, experts_of_kind or {}, layer=index, tokens=len(tokens))
+        found.append(LayerCosts(index, experts=len(map_TE[0]), visited=_row_sums(map_TE), kinds=kinds))
     return TokenCosts(tuple(tokens), tuple(found))
 
 
-def _free_counts(map_TZ: Any, experts: Mapping[str, int], *, layer: int, tokens: int) -> dict[str, tuple[int, ...]]:
-    width = sum(experts.get(kind, 0) for kind in FREE_KINDS)
+def _kind_counts(map_TZ: Any, experts: Mapping[str, int], *, layer: int, tokens: int) -> dict[str, tuple[int, ...]]:
+    width = sum(experts.get(kind, 0) for kind in KINDS)
     if len(map_TZ) != tokens or len(map_TZ[0]) != width:
         raise ValueError(
             f"the map of the zero-computation experts of layer {layer} is {len(map_TZ)} by {len(map_TZ[0])}; it must "
@@ -137,7 +139,7 @@ def _free_counts(map_TZ: Any, experts: Mapping[str, int], *, layer: int, tokens:
         )
     rows = _nested(map_TZ)
     counts, first = {}, 0
-    for kind in FREE_KINDS:
+    for kind in KINDS:
         last = first + experts.get(kind, 0)
         if last > first:
             counts[kind] = tuple(int(sum(row[first:last])) for row in rows)

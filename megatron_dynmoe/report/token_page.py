@@ -101,10 +101,10 @@ def _title(costs: TokenCosts, place: int) -> str:
         f"{costs.means[place]:.2f} FFN experts, mean over layers",
         f"by layer {by_layer}",
     ]
-    if any(layer.free for layer in costs.layers):
+    if any(layer.kinds for layer in costs.layers):
         sums: dict[str, int] = {}
         for layer in costs.layers:
-            for kind, counts in layer.free.items():
+            for kind, counts in layer.kinds.items():
                 sums[kind] = sums.get(kind, 0) + counts[place]
         lines.append("zero-computation, all layers: " + ", ".join(f"{count} {kind}" for kind, count in sums.items()))
     return "\n".join(lines)
@@ -145,7 +145,7 @@ def _layer_bars(costs: TokenCosts) -> Iterable[str]:
 
 def _free_bars(costs: TokenCosts) -> Iterable[str]:
     """Shares of the zero-computation experts; nothing for a model without any."""
-    kinds = [kind for kind in ("zero", "copy", "constant") if any(kind in layer.free for layer in costs.layers)]
+    kinds = [kind for kind in ("zero", "copy", "constant") if any(kind in layer.kinds for layer in costs.layers)]
     if not kinds:
         return
     names = ["ffn", *kinds]
@@ -161,9 +161,9 @@ def _free_bars(costs: TokenCosts) -> Iterable[str]:
 
 
 def _shares(layer: LayerCosts, names: Iterable[str]) -> list[tuple[str, float]]:
-    free = layer.free_shares()
-    rest = 1 - sum(free.values()) if any(layer.visited) else 0.0
-    return [(name, rest if name == "ffn" else free.get(name, 0.0)) for name in names]
+    kinds = layer.kind_shares()
+    rest = 1 - sum(kinds.values()) if any(layer.visited) else 0.0
+    return [(name, rest if name == "ffn" else kinds.get(name, 0.0)) for name in names]
 
 
 def _kind_name(name: str) -> str:

@@ -12,8 +12,10 @@ from megatron_dynmoe.routers.router_config import RouterConfig
 def balance(routed: Routed, scores_TC: Tensor, tokens: Tensor) -> Tensor:
     """The load-balance loss over ``scores_TC`` and ``tokens``; MoE++'s where there are zero-computation experts."""
     rows_C, config = routed.totals.rows_C, routed.config
-    if free := config.zero_computation_experts:
-        return heterogeneous_balance_loss(scores_TC, rows_C=rows_C, num_tokens=tokens, free=free, tau=config.tau)
+    if zero_computation := config.zero_computation_experts:
+        return heterogeneous_balance_loss(
+            scores_TC, rows_C=rows_C, num_tokens=tokens, zero_computation=zero_computation, tau=config.tau
+        )
     experts = None if routed.active_E is None else routed.active_E.sum()
     return load_balance_loss(scores_TC, rows_E=rows_C, num_tokens=tokens, experts=experts)
 

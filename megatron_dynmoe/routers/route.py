@@ -91,11 +91,16 @@ def bound_map(
     cut, dropped = chosen_TC.sum() - map_TC.sum(), map_TC.new_zeros((), dtype=torch.int64)
     if not training:
         return map_TC, cut, dropped
-    tokens, free = len(map_TC), config.zero_computation_experts
-    experts = map_TC.shape[1] - free
+    tokens, zero_computation = len(map_TC), config.zero_computation_experts
+    experts = map_TC.shape[1] - zero_computation
     if config.capacity_gamma is not None:
         most = capacities(tokens, experts, config)
-        parts = zip(map_TC.split([experts, free], 1), scores_TC.split([experts, free], 1), most, strict=True)
+        parts = zip(
+            map_TC.split([experts, zero_computation], 1),
+            scores_TC.split([experts, zero_computation], 1),
+            most,
+            strict=True,
+        )
         fitting_TC = torch.cat([cap_columns(*part) for part in parts], dim=1)
         map_TC, dropped = fitting_TC, map_TC.sum() - fitting_TC.sum()
     bound = row_bound(tokens, config)
@@ -112,8 +117,8 @@ def capacities(tokens: int, experts: int, config: RouterConfig) -> tuple[int, in
     As printed in Jin et al. 2024, arXiv 2410.07348, eq. 8, there is no factor k: to leave room for k assignments a
     token, gamma has to have it.
     """
-    free, tau, gamma = config.zero_computation_experts, config.tau, config.capacity_gamma or 0.0
-    unit = gamma * tokens / (tau * experts + free)
+    zero_computation, tau, gamma = config.zero_computation_experts, config.tau, config.capacity_gamma or 0.0
+    unit = gamma * tokens / (tau * experts + zero_computation)
     return max(int(tau * unit), 1), max(int(unit), 1)
 
 

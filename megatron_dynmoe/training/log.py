@@ -113,7 +113,7 @@ def log_interval(
     record = {"iteration": iteration, "seconds_per_iteration": seconds} | summary.scalars() | scalars
     record["experts_per_token_by_layer"] = summary.experts_per_token_by_layer
     record["unrouted_tokens_by_layer"] = summary.unrouted_by_layer
-    record["free_tokens_by_layer"] = summary.free_by_layer
+    record["free_tokens_by_layer"] = summary.kinds_by_layer
     record |= by_layer
     for name, value in own.items():
         if name.endswith("loss"):
@@ -183,7 +183,7 @@ def log_evaluation(file: MetricsFile, tracker: RoutingTracker, losses: LossSums)
         record["validation_set"] = names[(losses.taken - 1) % len(names)]
     record |= summary.scalars()
     record["experts_per_token_by_layer"] = summary.experts_per_token_by_layer
-    record["free_tokens_by_layer"] = summary.free_by_layer
+    record["free_tokens_by_layer"] = summary.kinds_by_layer
     file.write(record)
 
 

@@ -82,9 +82,9 @@ def test_every_kind_of_expert_is_compared(saved: Path, tmp_path: Path, case: str
     outputs = model(tokens, output_routing_map=True, output_free_routing_map=True)
     assert len(outputs.routing_map) == len(outputs.free_routing_map) == sum(sparse)
     layers = [layer for layer, moe in zip(model.model.layers, sparse, strict=True) if moe]
-    for layer, map_TE, free_TZ in zip(layers, outputs.routing_map, outputs.free_routing_map, strict=True):
-        assert map_TE.shape == free_TZ.shape == (256, 4)  # 4 feed-forward; 2 constant, 1 copy, 1 zero
-        assert (map_TE.sum(dim=1) + free_TZ.sum(dim=1) == 2).all()
-        assert map_TE.any(dim=0).all() and free_TZ.any(dim=0).all()
+    for layer, map_TE, map_TZ in zip(layers, outputs.routing_map, outputs.free_routing_map, strict=True):
+        assert map_TE.shape == map_TZ.shape == (256, 4)  # 4 feed-forward; 2 constant, 1 copy, 1 zero
+        assert (map_TE.sum(dim=1) + map_TZ.sum(dim=1) == 2).all()
+        assert map_TE.any(dim=0).all() and map_TZ.any(dim=0).all()
         assert hasattr(layer.mlp.router, "gate_map") == (layer is not layers[0])
     assert any((map_TE.sum(dim=1) == 0).any() for map_TE in outputs.routing_map), "some token computes nothing"

@@ -105,12 +105,12 @@ def test_mixture_against_a_loop(changes) -> None:
     carried.by_layer = {0: previous_TC, 3: None}  # what a later layer left is not read
     with torch.no_grad():
         found_TD = layer(x_TD, carried)
-        *_, map_TE, _, free_map_TZ = layer.router(x_TD, previous_TC)
+        *_, map_TE, _, map_TZ = layer.router(x_TD, previous_TC)
         chosen = set()
         for t in range(T):
             logits = logits_by_hand(layer.router, x_TD[t], previous_TC[t])
             weights = choice_by_loop(logits, layer.router.config)
-            assert torch.cat([map_TE[t], free_map_TZ[t]]).nonzero().flatten().tolist() == sorted(weights)
+            assert torch.cat([map_TE[t], map_TZ[t]]).nonzero().flatten().tolist() == sorted(weights)
             scaled = x_TD[t] * layer.router.config.expert_input_scale
             want = sum(weight * expert_by_hand(layer, column, scaled) for column, weight in weights.items())
             # Float32 sums of up to 96 terms in another order, on values of magnitude ten.
@@ -150,12 +150,12 @@ def test_logits_are_carried_over_dense_layers_and_hidden_states_stay_as_they_are
         routers[1:], seen[1:], pairwise(outputs.router_logits), strict=True
     ):
         torch.testing.assert_close(logits_TC, x_TD @ router.weight.T + before_TC @ router.gate_map.T)
-    for map_TE, free_TZ, logits_TC in zip(
+    for map_TE, map_TZ, logits_TC in zip(
         outputs.routing_map, outputs.free_routing_map, outputs.router_logits, strict=True
     ):
-        assert (map_TE.shape, free_TZ.shape, free_TZ.dtype) == ((40, E), (40, Z), torch.bool)
+        assert (map_TE.shape, map_TZ.shape, map_TZ.dtype) == ((40, E), (40, Z), torch.bool)
         best_TC = torch.zeros(40, C, dtype=torch.bool).scatter(1, logits_TC.topk(2).indices, True)
-        assert torch.equal(torch.cat([map_TE, free_TZ], dim=1), best_TC)
+        assert torch.equal(torch.cat([map_TE, map_TZ], dim=1), best_TC)
     assert all(torch.stack(outputs.free_routing_map).any(dim=0).any(dim=0))
     assert model(tokens()).free_routing_map is None
 

@@ -27,10 +27,10 @@ def _expected(layer, x, routing_of):
     """Output of the reference for [T, D] tokens of one rank that holds all experts."""
     from megatron_dynmoe import reference
 
-    weights_TE, free_TZ = routing_of(x)
+    weights_TE, map_TZ = routing_of(x)
     seen = x * layer.dynmoe.expert_input_scale
     out = reference.dense_moe(seen, weights_TE, layer.experts.weight1, layer.experts.weight2)
-    return out + reference.free_experts(seen, free_TZ, layer.free_experts.select, layer.free_experts.values, 1)
+    return out + reference.free_experts(seen, map_TZ, layer.free_experts.select, layer.free_experts.values, 1)
 
 
 def check_layer_against_reference() -> None:

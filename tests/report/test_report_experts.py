@@ -86,7 +86,7 @@ def test_free_experts_have_a_panel(tmp_path):
     records[0]["free_tokens_by_layer"] = {"0": {"constant": 0.25, "zero": 0.5}, "1": {"constant": 0.75, "zero": 0.0}}
     records[1]["free_tokens_by_layer"] = {"0": {"constant": 0.5, "zero": 0.5}, "1": {"constant": 0.5, "zero": 0.25}}
     run = read_run([write(tmp_path / "free.jsonl", records)])
-    assert run.free_kinds == ["constant", "zero"]
+    assert run.kinds == ["constant", "zero"]
     experts, free = experts_figure(run).axes[:2]
     assert experts.get_ylabel() == "FFN experts per token"
     lines = lines_of(free)

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from megatron_dynmoe.report.token_costs import FREE_KINDS, LayerCosts, token_costs
+from megatron_dynmoe.report.token_costs import KINDS, LayerCosts, token_costs
 from megatron_dynmoe.report.token_page import PageHead, token_page
 from megatron_dynmoe.report.token_style import SHADES, STYLE
 from megatron_dynmoe.report.token_text import Token, tokens_of_text, visible
@@ -33,26 +33,26 @@ def as_tensors(maps):
 
 @pytest.mark.parametrize("form", [as_nested, as_tensors])
 def test_costs(form) -> None:
-    costs = token_costs(TOKENS, form(MAPS), layers=[0, 2], free_maps=form(FREE_MAPS), free_experts=FREE)
+    costs = token_costs(TOKENS, form(MAPS), layers=[0, 2], maps_TZ=form(FREE_MAPS), experts_of_kind=FREE)
     assert costs.layers == (
-        LayerCosts(0, experts=4, visited=(1, 2, 1, 4), free={"constant": (2, 0, 0, 0), "zero": (0, 1, 0, 1)}),
-        LayerCosts(2, experts=5, visited=(2, 3, 1, 1), free={"constant": (0, 0, 1, 0), "zero": (0, 0, 1, 0)}),
+        LayerCosts(0, experts=4, visited=(1, 2, 1, 4), kinds={"constant": (2, 0, 0, 0), "zero": (0, 1, 0, 1)}),
+        LayerCosts(2, experts=5, visited=(2, 3, 1, 1), kinds={"constant": (0, 0, 1, 0), "zero": (0, 0, 1, 0)}),
     )
     assert costs.means == (1.5, 2.5, 1.0, 2.5)
     assert [layer.mean for layer in costs.layers] == [2.0, 1.75]
     assert (costs.mean, costs.share, costs.idle_experts) == (1.875, 3.75 / 9, 5.25)
     # of the 12 pairs of layer 0, 8 are with FFN experts; of the 9 of layer 2, 7
-    assert costs.layers[0].free_shares() == {"constant": 2 / 12, "zero": 2 / 12}
-    assert costs.layers[1].free_shares() == {"constant": 1 / 9, "zero": 1 / 9}
+    assert costs.layers[0].kind_shares() == {"constant": 2 / 12, "zero": 2 / 12}
+    assert costs.layers[1].kind_shares() == {"constant": 1 / 9, "zero": 1 / 9}
     entries = [(entry.token.piece, entry.count, entry.mean) for entry in costs.entries()]
     assert entries == [("<0x0A>", 1, 1.0), ("a", 1, 1.5), ("▁b", 2, 2.5)]
 
 
 def test_columns_of_free_experts_come_in_the_order_of_the_maps() -> None:
-    assert FREE_KINDS == ("constant", "copy", "zero")
+    assert KINDS == ("constant", "copy", "zero")
     free = {"zero": 1, "copy": 2, "constant": 1}
-    costs = token_costs([Token(0, "x", "x")], [[[1]]], free_maps=[[[1, 0, 1, 0]]], free_experts=free)
-    assert costs.layers[0].free == {"constant": (1,), "copy": (1,), "zero": (0,)}
+    costs = token_costs([Token(0, "x", "x")], [[[1]]], maps_TZ=[[[1, 0, 1, 0]]], experts_of_kind=free)
+    assert costs.layers[0].kinds == {"constant": (1,), "copy": (1,), "zero": (0,)}
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_columns_of_free_experts_come_in_the_order_of_the_maps() -> None:
         (TOKENS, [], {}, "0 MoE layers"),
         (TOKENS, [MAPS[0][:3]], {}, "layer 0 has 3 rows for 4 tokens"),
         (TOKENS, MAPS, {"layers": [0]}, "2 maps are of 1 layers"),
-        (TOKENS, MAPS, {"free_maps": FREE_MAPS, "free_experts": {"zero": 2}}, "layer 0 is 4 by 3; .* by 2 experts"),
+        (TOKENS, MAPS, {"maps_TZ": FREE_MAPS, "experts_of_kind": {"zero": 2}}, "layer 0 is 4 by 3; .* by 2 experts"),
     ],
 )
 def test_costs_of_maps_that_do_not_fit(tokens, maps, more, part) -> None:
@@ -126,13 +126,13 @@ def test_page() -> None:
 
 
 def test_page_of_a_model_with_zero_computation_experts() -> None:
-    page = page_of(free_maps=FREE_MAPS, free_experts=FREE)
+    page = page_of(maps_TZ=FREE_MAPS, experts_of_kind=FREE)
     assert "Share of the (token, expert) pairs FFN zero constant layer FFN zero constant" in page.text
     assert "0 66.7% 16.7% 16.7% 1 77.8% 11.1% 11.1%" in page.text
     assert "copy" not in page.text
     assert page.tokens[0]["title"].endswith("\nzero-computation, all layers: 2 constant, 0 zero")
     # a token that is with no FFN expert at all costs nothing
-    idle = page_of(TOKENS[:1], [[[0, 0]]], free_maps=[[[0, 0, 1]]], free_experts=FREE)
+    idle = page_of(TOKENS[:1], [[[0, 0]]], maps_TZ=[[[0, 0, 1]]], experts_of_kind=FREE)
     assert "0.00 of 2" in idle.text and "0 0.0% 100.0% 0.0%" in idle.text
 
 

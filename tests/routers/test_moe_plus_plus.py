@@ -137,7 +137,7 @@ def test_balance_against_the_reference():
     scores = torch.softmax(draw(64, C), dim=-1)
     chosen = [reference.top_k_set(row, 2) for row in scores.tolist()]
     rows = torch.tensor([sum(e in choice for choice in chosen) for e in range(C)])
-    loss = heterogeneous_balance_loss(scores, rows_C=rows, num_tokens=64, free=Z, tau=0.25)
+    loss = heterogeneous_balance_loss(scores, rows_C=rows, num_tokens=64, zero_computation=Z, tau=0.25)
     expected = reference.heterogeneous_balance(scores.tolist(), chosen, Z, 0.25)
     assert loss.item() == pytest.approx(expected, rel=1e-12)
 

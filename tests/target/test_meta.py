@@ -85,7 +85,7 @@ def check_passes(layout: Layout) -> None:
         MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1, device="cuda"))  # as the training loop does
         for case in cases(brief=layout.tensor_ranks > 1):
             free = dict.fromkeys(("constant", "copy", "zero"), 0)
-            tracker = RoutingTracker(num_layers=LAYERS, num_experts=EXPERTS, free=free)
+            tracker = RoutingTracker(num_layers=LAYERS, num_experts=EXPERTS, kinds=free)
             for stats in (tracker.stats, tracker.evaluation_stats):
                 stats.counts = stats.counts.to(META)  # as they are from the first pass on
             set_moe_metrics_tracker(tracker)

@@ -20,11 +20,11 @@ PAPER = {
 }
 
 
-def routing(map_TE, free_TZ=None, cut=0, dropped=0):
+def routing(map_TE, map_TZ=None, cut=0, dropped=0):
     """A routing as far as statistics read it."""
-    free_TZ = torch.zeros(len(map_TE), 0, dtype=torch.bool) if free_TZ is None else torch.tensor(free_TZ)
+    map_TZ = torch.zeros(len(map_TE), 0, dtype=torch.bool) if map_TZ is None else torch.tensor(map_TZ)
     counts = {"cut": torch.tensor(cut), "dropped": torch.tensor(dropped)}
-    return SimpleNamespace(map_TE=torch.as_tensor(map_TE), map_TZ=free_TZ, **counts)
+    return SimpleNamespace(map_TE=torch.as_tensor(map_TE), map_TZ=map_TZ, **counts)
 
 
 def test_statistics_by_hand():
@@ -46,13 +46,13 @@ def test_statistics_by_hand():
 
 def test_zero_computation_experts_by_hand():
     """Two constants and a zero expert: a token counts once for a kind, however many of it it chose."""
-    stats = RoutingStats(num_layers=2, num_experts=1, free={"constant": 2, "copy": 0, "zero": 1})
+    stats = RoutingStats(num_layers=2, num_experts=1, kinds={"constant": 2, "copy": 0, "zero": 1})
     free = [[True, True, False], [False, True, True], [False, False, False], [False, False, True]]
     stats.add(1, routing([[True], [False], [True], [False]], free, cut=3, dropped=5))
     valid = torch.tensor([True, False, False, True])
     stats.add(1, routing([[True], [False], [True], [False]], free), valid)
     summary = stats.reduce()
-    assert summary.free_by_layer == {1: {"constant": pytest.approx(3 / 6), "zero": pytest.approx(3 / 6)}}
+    assert summary.kinds_by_layer == {1: {"constant": pytest.approx(3 / 6), "zero": pytest.approx(3 / 6)}}
     assert summary.unrouted_by_layer == {1: pytest.approx(3 / 6)}
     assert (summary.cut_rows, summary.dropped, summary.routed_rows, summary.tokens) == (3, 5, 3, 6)
     assert summary.scalars()["constant_tokens"] == pytest.approx(3 / 6)
