@@ -85,9 +85,9 @@ def after(numbers, iteration):
     return {name: {i: value for i, value in numbers[name].items() if i > iteration} for name in SCALARS}
 
 
-def assert_close(got, wanted, tolerance):
-    # a token in a hundred is near enough to another choice
-    for name, limit in (("lm loss", tolerance), ("experts_per_token", 0.01)):
+def assert_close(got, wanted, tolerance, choices=0.01):
+    # of 512 choices a step, a token's in a layer, one in a hundred is near enough to another
+    for name, limit in (("lm loss", tolerance), ("experts_per_token", choices)):
         assert got[name].keys() == wanted[name].keys()
         for iteration, value in got[name].items():
             assert math.isclose(value, wanted[name][iteration], rel_tol=limit), (name, iteration)
@@ -107,7 +107,8 @@ def test_other_precisions_go_on_from_delayed_scales(whole, resumed):
     for recipe in ("delayed", "blockwise"):
         got = resumed(recipe)
         assert got["lm loss"] != wanted["lm loss"]
-        assert_close(got, wanted, 0.01)
+        # e4m3 rounds by up to 2^-4 where bfloat16 does by 2^-9, and four steps of training carry that on
+        assert_close(got, wanted, 0.01, choices=0.02)
 
 
 @pytest.mark.parametrize("case", RECOMPUTED)
