@@ -11,8 +11,7 @@ import torch
 import torch.distributed as dist
 
 from tests import deep_ep_standin
-from tests.mcore.test_mcore_layer import B, D, E, F, S, _config, _layer
-from tests.mcore.test_mcore_moe_plus_plus import FREE, _filled
+from tests.mcore.layers import FREE, B, D, E, F, S, filled, layer_config, layer_of
 
 PRESETS = [
     ("dynamic-moe", {}),
@@ -110,7 +109,7 @@ def check_presets() -> None:
         for shared in (SHARED, SHARED | {"moe_shared_expert_overlap": True}):
             wanted = None
             for kind in ({}, *map(flex, BACKENDS)):
-                layer = _filled(_layer(_config(**EP2, **kind, **shared), dynmoe))
+                layer = filled(layer_of(layer_config(**EP2, **kind, **shared), dynmoe))
                 got = results(layer, *inputs(layer))
                 wanted = wanted or got
                 close(got, wanted, (preset, shared, kind))
@@ -125,7 +124,7 @@ def check_reference() -> None:
     setup()
     for dynmoe in (DynMoEConfig(top_p=0.5), DynMoEConfig(rule="top-k", topk=3, expert_input_scale=2.0, **FREE)):
         for backend in BACKENDS:
-            layer = _filled(_layer(_config(**EP2, **flex(backend)), dynmoe)).eval()
+            layer = filled(layer_of(layer_config(**EP2, **flex(backend)), dynmoe)).eval()
             x, _ = inputs(layer)
             learned = {name: getattr(layer.router, name) for name in layer.router.learned}
             routing = route(x.view(-1, D), layer.router.weight, dynmoe, parameters=learned)
@@ -188,7 +187,7 @@ def check_extremes() -> None:
     for name, map_TE in maps().items():
         wanted = None
         for kind in ({}, *map(flex, BACKENDS)):
-            layer = _filled(_layer(_config(**EP2, **kind), DynMoEConfig(dispatch_unit="rank")))
+            layer = filled(layer_of(layer_config(**EP2, **kind), DynMoEConfig(dispatch_unit="rank")))
             layer.router.routing = routed(map_TE, W)
             x = inputs(layer)[0].detach().view(-1, 1, D)[: len(map_TE)].clone().requires_grad_()
             got = results(layer, x)
@@ -201,7 +200,7 @@ def check_cap() -> None:
     from megatron_dynmoe.config import DynMoEConfig
 
     setup()
-    layer = _filled(_layer(_config(**EP2, **flex("deepep")), DynMoEConfig(top_p=1.0, max_experts_per_token=2)))
+    layer = filled(layer_of(layer_config(**EP2, **flex("deepep")), DynMoEConfig(top_p=1.0, max_experts_per_token=2)))
     manager = type(layer.token_dispatcher._comm_manager)
     seen = []
     setup_metadata = manager.setup_metadata
@@ -245,7 +244,7 @@ def check_layout(tensor: int, expert: int, expert_tensor: int) -> None:
     ):
         wanted = None
         for kind in ({}, *map(flex, BACKENDS)):
-            layer = _filled(_layer(_config(**sizes, **kind, **SHARED), dynmoe))
+            layer = filled(layer_of(layer_config(**sizes, **kind, **SHARED), dynmoe))
             got = results(layer, *inputs(layer))
             if wanted is None:
                 wanted = got
@@ -265,7 +264,7 @@ def compare_bfloat16(*backends: str) -> None:
     half = {"params_dtype": torch.bfloat16, "bf16": True}
     wanted = None
     for kind in ({}, *map(flex, backends)):
-        layer = _filled(_layer(_config(**EP2, **kind, **half), DynMoEConfig(top_p=0.5, dispatch_unit="rank")))
+        layer = filled(layer_of(layer_config(**EP2, **kind, **half), DynMoEConfig(top_p=0.5, dispatch_unit="rank")))
         x, _ = inputs(layer, torch.bfloat16)
         got = results(layer, x)
         wanted = wanted or got
@@ -286,8 +285,8 @@ def check_padding() -> None:
     setup()
     dynmoe = DynMoEConfig(top_p=0.5, expert_backend="sequential")
     for backend in BACKENDS:
-        config = _config(**EP2, **flex(backend))
-        layer = _filled(_layer(config, dynmoe))
+        config = layer_config(**EP2, **flex(backend))
+        layer = filled(layer_of(config, dynmoe))
         x, _ = inputs(layer)
         plain = results(layer, x)
         if backend == "deepep":
@@ -326,8 +325,8 @@ def check_empty_is_not_fused() -> None:
 
     token_dispatcher.permute = partial(plain, permute)
     token_dispatcher.unpermute = partial(plain, unpermute)
-    config = _config(**EP2, **flex("deepep"))
-    layer = _filled(_layer(config, DynMoEConfig()))
+    config = layer_config(**EP2, **flex("deepep"))
+    layer = filled(layer_of(config, DynMoEConfig()))
     config.moe_permute_fusion = True
     x, _ = inputs(layer)
     for name, wanted in (("no rows anywhere", False), ("every expert", True)):
@@ -347,14 +346,14 @@ def check_uneven_tokens() -> None:
     padded |= {"moe_permute_fusion_into_hybridep": True, "moe_flex_dispatcher_num_sms": 16}
     wanted = None
     for kind in ({}, flex("deepep"), padded):
-        layer = _filled(_layer(_config(**EP2, **kind), dynmoe))
+        layer = filled(layer_of(layer_config(**EP2, **kind), dynmoe))
         x = inputs(layer)[0].detach()[: S - 2 * dist.get_rank()].clone().requires_grad_()
         got = results(layer, x)
         wanted = wanted or got
         close(got, wanted, kind)
-    layer = _filled(_layer(_config(**EP2, **flex("hybridep")), dynmoe))
+    layer = filled(layer_of(layer_config(**EP2, **flex("hybridep")), dynmoe))
     layer(torch.randn(S, B, D))
-    second = _layer(layer.config, dynmoe)  # of the same model: one look a pass is enough
+    second = layer_of(layer.config, dynmoe)  # of the same model: one look a pass is enough
     assert layer.token_dispatcher._watches and not second.token_dispatcher._watches
     with pytest.raises(ConfigError, match=r"--moe-hybridep-pad-uneven-dispatch-inputs is False.* 8 to 12"):
         layer(torch.randn(S - 2 * dist.get_rank(), B, D))
@@ -368,7 +367,7 @@ def check_many_tokens_between_nodes() -> None:
     setup()
     os.environ["LOCAL_WORLD_SIZE"] = "1"
     group = dist.group.WORLD
-    config = _config(**EP2, **flex("hybridep"))
+    config = layer_config(**EP2, **flex("hybridep"))
     assert ranks_per_node(group) == 1
     check_tokens(21824, group, config, torch.device("cpu"))
     with pytest.raises(ConfigError, match=r"21825 tokens a rank.*at most 21824"):
@@ -378,11 +377,11 @@ def check_many_tokens_between_nodes() -> None:
     # 2 experts on each of 2 nodes
     os.environ["NUM_OF_HYBRID_EP_RANKS_PER_NVLINK_DOMAIN"] = "1"
     with pytest.raises(ConfigError, match=r"--num-experts is 4.*use a multiple of 8"):
-        _layer(config, DynMoEConfig())
+        layer_of(config, DynMoEConfig())
     for value, said in (("3", "divides the 2"), ("x", "is 'x'"), ("0", "is '0'")):
         os.environ["NUM_OF_HYBRID_EP_RANKS_PER_NVLINK_DOMAIN"] = value
         with pytest.raises(ConfigError, match=said):
-            _layer(config, DynMoEConfig())
+            layer_of(config, DynMoEConfig())
 
 
 def check_memory_is_let_go() -> None:
@@ -394,7 +393,7 @@ def check_memory_is_let_go() -> None:
 
     setup()
     for backend in BACKENDS:
-        layer = _filled(_layer(_config(**EP2, **flex(backend), **SHARED), DynMoEConfig(top_p=0.5)))
+        layer = filled(layer_of(layer_config(**EP2, **flex(backend), **SHARED), DynMoEConfig(top_p=0.5)))
         refs, experts = [], layer.experts.forward
 
         def watched(rows, counts, weights, refs=refs, experts=experts):

@@ -12,7 +12,7 @@ import torch
 
 from tests import deep_ep_standin
 from tests.flex_ranks import BACKENDS, EP2, flex, setup
-from tests.mcore.test_mcore_layer import _config, _layer
+from tests.mcore.layers import layer_config, layer_of
 
 HALF = {"params_dtype": torch.bfloat16, "bf16": True, **EP2}
 DEEPEP, HYBRIDEP = map(flex, BACKENDS)
@@ -51,7 +51,7 @@ def check_refusals() -> None:
 
     for theirs, ours, said in REFUSED:
         with pytest.raises(ConfigError) as refusal:
-            check_config(_config(**theirs), DynMoEConfig(**ours))
+            check_config(layer_config(**theirs), DynMoEConfig(**ours))
         message = str(refusal.value)
         library = "install the branch hybrid-ep" if HYBRIDEP.items() <= theirs.items() else "install DeepEP 1.2.1"
         assert re.search(said or f"is not installed; .*{re.escape(library)}", message), (theirs, message)
@@ -61,7 +61,7 @@ def check_refusals() -> None:
         ("moe_expert_rank_capacity_factor", 1.5, "--moe-expert-rank-capacity-factor is 1.5,.*dropless"),
         ("hybrid_context_parallel", True, "--hybrid-context-parallel is True,.*pad-uneven"),
     ):
-        config = _config(**HYBRIDEP | HALF)
+        config = layer_config(**HYBRIDEP | HALF)
         setattr(config, name, value)
         with pytest.raises(ConfigError, match=said):
             check_config(config, DynMoEConfig())
@@ -75,7 +75,7 @@ def check_wrong_library() -> None:
     from megatron_dynmoe.config import ConfigError, DynMoEConfig
     from megatron_dynmoe.mcore.checks import check_config
 
-    config = _config(**DEEPEP | HALF)
+    config = layer_config(**DEEPEP | HALF)
     sys.modules["deep_ep"] = ModuleType("deep_ep")
     with pytest.raises(ConfigError, match=r"has not what megatron-core needs of DeepEP \(fused_a2a.py\)"):
         check_config(config, DynMoEConfig())
@@ -88,4 +88,4 @@ def check_wrong_library() -> None:
     setup()
     deep_ep_standin.TUNED = (4,)
     with pytest.raises(ConfigError, match=r"--expert-model-parallel-size is 2,.*Unsupported number of EP ranks: 2"):
-        _layer(_config(**EP2, **DEEPEP), DynMoEConfig())
+        layer_of(layer_config(**EP2, **DEEPEP), DynMoEConfig())

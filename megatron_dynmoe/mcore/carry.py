@@ -17,8 +17,8 @@ import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
+from megatron_dynmoe.mcore.channels import pack, unpack
 from megatron_dynmoe.mcore.layer import DynMoELayer
-from megatron_dynmoe.routers.channels import pack, unpack
 
 
 class CarryingTransformerLayer(TransformerLayer):

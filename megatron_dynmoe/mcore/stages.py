@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dynmoe.config import DynMoEConfig
-from megatron_dynmoe.routers.channels import channels_of
+from megatron_dynmoe.mcore.channels import channels_of
 
 
 def width_between_stages(config: TransformerConfig, dynmoe: DynMoEConfig) -> int | None:

@@ -166,13 +166,13 @@ def test_fused_activation_is_for_rows_on_a_gpu(device, rows, taken):
 def check_layer_hands_it_over() -> None:
     from megatron_dynmoe.config import DynMoEConfig
     from megatron_dynmoe.mcore import experts
-    from tests.mcore.test_mcore_layer import _config, _layer, _setup
+    from tests.mcore.layers import layer_config, layer_of, set_up
 
-    _setup()
+    set_up()
     calls = []
     kernel = experts.weighted_bias_swiglu_impl
     experts.weighted_bias_swiglu_impl = lambda *args: calls.append(1) or kernel(*args)
-    layer = _layer(_config(), DynMoEConfig(expert_backend="torch"))
+    layer = layer_of(layer_config(), DynMoEConfig(expert_backend="torch"))
     layer.config.bias_activation_fusion = True
     mlp = layer.experts.to("meta")
     mlp.to(torch.bfloat16)

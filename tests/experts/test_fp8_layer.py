@@ -4,7 +4,7 @@ import torch
 
 from megatron_dynmoe.config import ConfigError, DynMoEConfig
 from tests import ranks
-from tests.mcore.test_mcore_layer import B, D, S, _config, _layer, _setup
+from tests.mcore.layers import B, D, S, layer_config, layer_of, set_up
 
 FP8 = {"fp8_recipe": "delayed", "fp8_amax_history_len": 3}
 
@@ -21,10 +21,13 @@ def check_layer() -> None:
     """Everything around the experts keeps its bits; so do first and last layers, and tokens without an FFN expert."""
     from megatron_dynmoe.mcore.fp8_experts import Fp8GroupedMLP
 
-    _setup()
+    set_up()
     free = {"zero_experts": 2, "copy_experts": 2, "constant_experts": 2}
-    config = _config(num_layers=6, first_last_layers_bf16=True, num_layers_at_end_in_bf16=2)
-    plain, fp8 = _layer(config, DynMoEConfig(**free)), _layer(config, DynMoEConfig(**free, fp8_recipe="tensorwise"))
+    config = layer_config(num_layers=6, first_last_layers_bf16=True, num_layers_at_end_in_bf16=2)
+    plain, fp8 = (
+        layer_of(config, DynMoEConfig(**free)),
+        layer_of(config, DynMoEConfig(**free, fp8_recipe="tensorwise")),
+    )
     assert type(fp8.experts) is Fp8GroupedMLP
     fp8.load_state_dict(plain.state_dict())
     x, maps = torch.randn(S, B, D), []
@@ -55,7 +58,7 @@ def check_checkpoints() -> None:
 
     from megatron.core import dist_checkpointing
 
-    _setup()
+    set_up()
     kinds = {
         "fp8": DynMoEConfig(**FP8),
         "longer history": DynMoEConfig(fp8_recipe="delayed", fp8_amax_history_len=5),
@@ -64,14 +67,14 @@ def check_checkpoints() -> None:
         "sequential": DynMoEConfig(expert_backend="sequential"),
     }
     for saver in ("fp8", "torch", "sequential"):
-        first = _layer(_config(), kinds[saver])
+        first = layer_of(layer_config(), kinds[saver])
         if saver == "fp8":
             _update(first)
             _update(first)
         with tempfile.TemporaryDirectory() as folder:
             dist_checkpointing.save(first.sharded_state_dict(prefix="mlp."), folder)
             for loader, dynmoe in kinds.items():
-                second = _layer(_config(), dynmoe)
+                second = layer_of(layer_config(), dynmoe)
                 state = dist_checkpointing.load(second.sharded_state_dict(prefix="mlp."), folder)
                 second.load_state_dict({key.removeprefix("mlp."): value for key, value in state.items()})
                 weights = dist_checkpointing.load(first.sharded_state_dict(prefix="mlp."), folder)
@@ -88,7 +91,7 @@ def check_checkpoints() -> None:
                     for name, scales in second.experts.scales.items():
                         assert torch.equal(scales.amax_history[-2:], first.experts.scales[name].amax_history[-2:])
         for other in ("fp8", "torch"):  # and the state dict of one process, as torch.save writes it
-            second = _layer(_config(), kinds[other])
+            second = layer_of(layer_config(), kinds[other])
             if saver != "sequential":
                 second.load_state_dict(first.state_dict())
                 assert torch.equal(second.experts.weight1, first.experts.weight1)
@@ -98,8 +101,8 @@ def check_transformer_engine_is_told_of_nothing() -> None:
     """Its experts take bytes; a stand-in with their names sees an empty tensor where scales were, and bytes as ever."""
     from megatron_dynmoe.mcore.fp8_state import pass_by_scales
 
-    _setup()
-    layer = _layer(_config(), DynMoEConfig(**FP8))
+    set_up()
+    layer = layer_of(layer_config(), DynMoEConfig(**FP8))
     seen = {}
 
     class Linear(torch.nn.Module):

@@ -241,9 +241,9 @@ def test_an_optimizer_out_of_reach_is_refused_in_the_first_forward_step():
 
 @pytest.mark.parametrize("kind", ["fp8", "fp4"])
 def test_quantised_weights_and_new_weights_for_added_experts_are_refused(kind):
-    from tests.mcore.test_mcore_layer import _config
+    from tests.mcore.layers import layer_config
 
-    config = _config()
+    config = layer_config()
     setattr(config, f"{kind}_param", True)
     adaptive = {"gate": "cosine", "rule": "top-any", "adaptive_experts": True}
     check_config(config, DynMoEConfig(**adaptive, added_expert_init="keep"))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests import ranks
-from tests.mcore.test_mcore_layer import B, D, E, F, S, _config, _layer, _plans, _setup
+from tests.mcore.layers import B, D, E, F, S, layer_config, layer_of, plans_of, set_up
 
 TOP_ANY = {"gate": "cosine", "rule": "top-any", "cosine_scale": 2.0}
 
@@ -13,8 +13,8 @@ def _adaptive(**fields):
     from megatron_dynmoe.config import DynMoEConfig
 
     adaptive = {"adaptive_experts": True, "initial_experts": 2, "update_period": 0}
-    layer = _layer(
-        _config(expert_model_parallel_size=torch.distributed.get_world_size()),
+    layer = layer_of(
+        layer_config(expert_model_parallel_size=torch.distributed.get_world_size()),
         DynMoEConfig(**TOP_ANY, **adaptive, **fields),
     )
     with torch.no_grad():
@@ -34,7 +34,7 @@ def check_records_and_updates() -> None:
     from megatron_dynmoe import reference
     from megatron_dynmoe.mcore.controllers import Driver
 
-    _setup()
+    set_up()
     for policy in ("keep", "fresh", "copy"):
         layer = _adaptive(added_expert_init=policy).train()
         driver = Driver(layer.dynmoe, (layer,))
@@ -118,13 +118,13 @@ def check_layer_is_right() -> None:
     from megatron_dynmoe import reference
     from megatron_dynmoe.config import ConfigError, DynMoEConfig
 
-    _setup()
+    set_up()
     layer = _adaptive()
     with torch.no_grad():
         layer.experts.weight1.normal_(std=0.3)
         layer.experts.weight2.normal_(std=0.3)
     x = _tokens(1).requires_grad_()
-    flat, plans = x.view(-1, D), _plans(layer)
+    flat, plans = x.view(-1, D), plans_of(layer)
     for training in (True, False):
         layer.train(training)
         layer.zero_grad()
@@ -162,7 +162,7 @@ def check_layer_is_right() -> None:
     kept = [low.router.weight, low.router.thresholds, low.router.recorded_sums_BD]
     assert {tensor.dtype for tensor in kept} == {torch.float32}
 
-    residual = _layer(_config(moe_shared_expert_intermediate_size=20), DynMoEConfig(residual=True, top_p=0.5))
+    residual = layer_of(layer_config(moe_shared_expert_intermediate_size=20), DynMoEConfig(residual=True, top_p=0.5))
     with torch.no_grad():
         residual.mixer.weight.normal_()
         residual.mixer.bias.normal_()
@@ -180,7 +180,7 @@ def check_layer_is_right() -> None:
         ({"residual": True}, {"moe_shared_expert_intermediate_size": 8, "moe_shared_expert_overlap": True}, "overlap"),
     ):
         with pytest.raises(ConfigError, match=named):
-            _layer(_config(**extra), DynMoEConfig(**TOP_ANY, adaptive_experts=True, **fields))
+            layer_of(layer_config(**extra), DynMoEConfig(**TOP_ANY, adaptive_experts=True, **fields))
 
 
 def test_layer_equals_the_reference(tmp_path):

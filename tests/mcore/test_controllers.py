@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests import ranks
-from tests.mcore.test_mcore_layer import B, D, E, S, _config, _layer
+from tests.mcore.layers import B, D, E, S, layer_config, layer_of
 
 
 def _tokens(seed):
@@ -15,10 +15,10 @@ def _tokens(seed):
 
 
 def _tensor_parallel(dynmoe, **extra):
-    return _layer(_config(tensor_model_parallel_size=2, **extra), dynmoe).train()
+    return layer_of(layer_config(tensor_model_parallel_size=2, **extra), dynmoe).train()
 
 
-def _setup():
+def set_up():
     import torch.distributed as dist
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -43,7 +43,7 @@ def check_steps() -> None:
     from megatron_dynmoe.mcore.controllers import Driver
     from tests import toy_controllers
 
-    _setup()
+    set_up()
     toy_controllers.install()
     dynmoe, rank = DynMoEConfig(top_p=0.5), dist.get_rank()
     for split in (False, True):  # with sequence parallelism the ranks have different tokens, else the same
@@ -104,7 +104,7 @@ def check_settings_move_and_clashes_are_refused() -> None:
     parallel_state.initialize_model_parallel()
     model_parallel_cuda_manual_seed(1)
     toy_controllers.install()
-    router = _layer(_config(), DynMoEConfig(top_p=0.5)).bfloat16().router
+    router = layer_of(layer_config(), DynMoEConfig(top_p=0.5)).bfloat16().router
     assert router.weight.dtype == torch.bfloat16
     assert router.top_p.dtype == router.sum_D.dtype == torch.float32 and router.tokens_seen.dtype == torch.int64
     saved = router.state_dict()
@@ -113,7 +113,7 @@ def check_settings_move_and_clashes_are_refused() -> None:
         router.load_state_dict(saved | {"top_p": torch.tensor(top_p)})
         assert router.routing(_tokens(1).view(-1, D)).map_TC.sum(dim=1).unique().tolist() == [experts]
     with torch.device("meta"):
-        assert _layer(_config(), DynMoEConfig(top_p=0.25)).router.dynmoe.top_p == 0.25
+        assert layer_of(layer_config(), DynMoEConfig(top_p=0.25)).router.dynmoe.top_p == 0.25
 
     def made(name="Mine", sets=(), reads=(), **state):
         return type(name, (Controller,), {"sets": sets, "reads": reads, "state": lambda self: state})
@@ -131,7 +131,7 @@ def check_settings_move_and_clashes_are_refused() -> None:
     ):
         toy_controllers.install(rule=rule, gate=gate)
         with pytest.raises(ConfigError, match=words):
-            _layer(_config(), DynMoEConfig())
+            layer_of(layer_config(), DynMoEConfig())
 
 
 def test_settings_move_and_clashes_are_refused(tmp_path):

@@ -5,82 +5,17 @@ from functools import partial
 import torch
 
 from tests import ranks
-
-S, B, D, F, E = 6, 2, 16, 24, 4
-
-
-def _setup():
-    import torch.distributed as dist
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-
-    dist.init_process_group("gloo")
-    parallel_state.initialize_model_parallel(expert_model_parallel_size=dist.get_world_size())
-    model_parallel_cuda_manual_seed(1)
-
-
-def _config(**extra):
-    import torch.nn.functional as F_
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
-    return TransformerConfig(
-        **{
-            "num_layers": 1,
-            "hidden_size": D,
-            "num_attention_heads": 2,
-            "num_moe_experts": E,
-            "moe_ffn_hidden_size": F,
-            "ffn_hidden_size": F,
-            "moe_token_dispatcher_type": "alltoall",
-            "add_bias_linear": False,
-            "gated_linear_unit": True,
-            "activation_func": F_.silu,
-            "bias_activation_fusion": False,
-            "moe_router_pre_softmax": True,
-            "normalization": "RMSNorm",
-            "params_dtype": torch.float32,
-        }
-        | extra
-    )
-
-
-def _spec(config):
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-
-    return get_gpt_layer_local_spec(num_experts=config.num_moe_experts, normalization="RMSNorm")
-
-
-def _layer(config, dynmoe):
-    from megatron_dynmoe.mcore.specs import dynamic_layer_spec
-
-    spec = dynamic_layer_spec(_spec(config), dynmoe)
-    layer = spec.submodules.mlp(config=config, layer_number=1)
-    layer.set_layer_number(1)
-    return layer
-
-
-def _plans(layer):
-    """The plans of the layer's passes from now on."""
-    plans, dispatcher = [], layer.token_dispatcher
-    send = dispatcher.send
-
-    def seen(*args, **kwargs):
-        sent = send(*args, **kwargs)
-        plans.append(sent.way.transport.plan)
-        return sent
-
-    dispatcher.send = seen
-    return plans
+from tests.mcore.layers import CAPTURED, B, D, E, S, layer_config, layer_of, plans_of, set_up, stock_spec
 
 
 def check_layer_against_reference() -> None:
     from megatron_dynmoe import reference
     from megatron_dynmoe.config import DynMoEConfig
 
-    _setup()
+    set_up()
     for dispatcher in ("alltoall", "allgather"):
         for p in (0.0, 0.4, 1.0):
-            layer = _layer(_config(moe_token_dispatcher_type=dispatcher), DynMoEConfig(top_p=p))
+            layer = layer_of(layer_config(moe_token_dispatcher_type=dispatcher), DynMoEConfig(top_p=p))
             with torch.no_grad():
                 layer.router.weight.normal_()
                 layer.experts.weight1.normal_(std=0.3)
@@ -104,10 +39,10 @@ def check_layer_against_reference() -> None:
 def check_top_k_equals_stock() -> None:
     from megatron_dynmoe.config import DynMoEConfig
 
-    _setup()
-    config = _config(moe_router_topk=2)
-    ours = _layer(config, DynMoEConfig(rule="top-k", topk=2, expert_backend="sequential"))
-    stock = _spec(config).submodules.mlp(config=config, layer_number=1)
+    set_up()
+    config = layer_config(moe_router_topk=2)
+    ours = layer_of(config, DynMoEConfig(rule="top-k", topk=2, expert_backend="sequential"))
+    stock = stock_spec(config).submodules.mlp(config=config, layer_number=1)
     stock.set_layer_number(1)
     stock.load_state_dict(ours.state_dict())
     x = torch.randn(S, B, D)
@@ -130,15 +65,15 @@ def check_backends_load_each_other() -> None:
 
     from megatron_dynmoe.config import DynMoEConfig
 
-    _setup()
+    set_up()
     import tempfile
 
     x = torch.randn(S, B, D)
     for saver in ("torch", "sequential"):
         for loader in ("torch", "sequential"):
-            config = _config(glu_linear_offset=0.5)  # as different from 0 as from 1
-            first = _layer(config, DynMoEConfig(expert_backend=saver))
-            second = _layer(config, DynMoEConfig(expert_backend=loader))
+            config = layer_config(glu_linear_offset=0.5)  # as different from 0 as from 1
+            first = layer_of(config, DynMoEConfig(expert_backend=saver))
+            second = layer_of(config, DynMoEConfig(expert_backend=loader))
             with tempfile.TemporaryDirectory() as folder:
                 dist_checkpointing.save(first.sharded_state_dict(prefix="mlp."), folder)
                 state = dist_checkpointing.load(second.sharded_state_dict(prefix="mlp."), folder)
@@ -148,7 +83,6 @@ def check_backends_load_each_other() -> None:
 
 
 OVERLAPPED = {"moe_shared_expert_intermediate_size": 8, "moe_shared_expert_overlap": True}
-CAPTURED = {"cuda_graph_impl": "transformer_engine", "cuda_graph_modules": ["attn", "moe_router"]}
 
 
 def check_refusals() -> None:
@@ -157,7 +91,7 @@ def check_refusals() -> None:
     from megatron_dynmoe.config import ConfigError, DynMoEConfig
     from megatron_dynmoe.mcore.checks import check_config
 
-    _setup()
+    set_up()
     refused = [
         ({"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "ncclep"}, {}, "'deepep' or 'hybridep'"),
         ({"moe_expert_capacity_factor": 1.0}, {}, "dropless"),
@@ -188,25 +122,25 @@ def check_refusals() -> None:
     ]
     for theirs, ours, wanted in refused:
         with pytest.raises(Exception) as refusal:  # building a layer through a spec may wrap the error
-            _layer(_config(**theirs), DynMoEConfig(**ours))
+            layer_of(layer_config(**theirs), DynMoEConfig(**ours))
         message = str(refusal.value)
         assert isinstance(refusal.value, ConfigError), message
         assert wanted in message and "--" in message and "\n" not in message, message
-    check_config(_config(**CAPTURED), DynMoEConfig())
-    check_config(_config(mlp_chunks_for_training=2, moe_router_dtype="fp32"), DynMoEConfig())
+    check_config(layer_config(**CAPTURED), DynMoEConfig())
+    check_config(layer_config(mlp_chunks_for_training=2, moe_router_dtype="fp32"), DynMoEConfig())
 
 
 def check_no_balancing() -> None:
     """With the balancing type "none" the load-balance loss is off, and the other losses are not."""
     from megatron_dynmoe.config import DynMoEConfig
 
-    _setup()
+    set_up()
     gradients = {}
     for kind in ("aux_loss", "none", ["none"]):
         for other in (0.0, 1.0):
             dynmoe = DynMoEConfig(load_balance_coeff=1.0, entropy_coeff=other)
             coeff = [1.0] if isinstance(kind, list) else 1.0
-            layer = _layer(_config(moe_router_load_balancing_type=kind, moe_aux_loss_coeff=coeff), dynmoe)
+            layer = layer_of(layer_config(moe_router_load_balancing_type=kind, moe_aux_loss_coeff=coeff), dynmoe)
             routing = layer.router(torch.randn(S, B, D, generator=torch.Generator().manual_seed(1)))
             routing.weights_TE.sum().mul(0).backward()  # nothing but the losses
             gradients[str(kind), other] = bool(layer.router.weight.grad.any())
@@ -226,8 +160,8 @@ def check_router_without_bias() -> None:
     from megatron_dynmoe.config import DynMoEConfig
     from megatron_dynmoe.mcore.router import DynamicRouter
 
-    _setup()
-    config = _config(add_bias_linear=True)
+    set_up()
+    config = layer_config(add_bias_linear=True)
     router = DynamicRouter(config, get_default_pg_collection(), dynmoe=DynMoEConfig())
     router.set_layer_number(1)
     router(torch.randn(S, B, D)).weights_TC.sum().backward()
@@ -242,14 +176,14 @@ def check_bare_layer_is_on_the_device() -> None:
     """What is made on the CPU goes where ``Tensor.cuda`` says, here the meta device, before the layer is used."""
     from megatron_dynmoe.config import DynMoEConfig
 
-    _setup()
+    set_up()
     cosine = {"gate": "cosine", "rule": "top-any"}
     cases = [{"copy_experts": 1}, {"constant_experts": 1, "residual": True}, cosine | {"adaptive_experts": True}]
     torch.Tensor.cuda = lambda tensor, *_: tensor.to(device="meta")
     for fields in cases:
         for on_cpu in (False, True):
-            config = _config(moe_shared_expert_intermediate_size=8, use_cpu_initialization=on_cpu)
-            layer = _layer(config, DynMoEConfig(**fields))
+            config = layer_config(moe_shared_expert_intermediate_size=8, use_cpu_initialization=on_cpu)
+            layer = layer_of(config, DynMoEConfig(**fields))
             for module in filter(None, (layer.router, layer.mixer, layer.free_experts)):
                 tensors = [*module.parameters(), *module.buffers()]
                 assert tensors and {t.device.type for t in tensors} == {"cpu" if on_cpu else "meta"}, fields
@@ -264,10 +198,10 @@ def check_one_wait_a_pass() -> None:
     from megatron_dynmoe.config import DynMoEConfig
     from megatron_dynmoe.experts.grouped import grouped_linear
 
-    _setup()
+    set_up()
     blocking = ("tolist", "item", "cpu", "nonzero", "__bool__", "__int__", "__float__", "__index__", "numpy")
     for unit in ("expert", "rank"):
-        layer = _layer(_config(), DynMoEConfig(dispatch_unit=unit, load_balance_coeff=0.01, entropy_coeff=0.01))
+        layer = layer_of(layer_config(), DynMoEConfig(dispatch_unit=unit, load_balance_coeff=0.01, entropy_coeff=0.01))
         # as on a GPU: experts on a CPU read the rows of each, which the dispatcher hands over on the host
         type(layer.experts).linears = grouped_linear, grouped_linear
         x = torch.randn(S, B, D, requires_grad=True)
@@ -302,10 +236,10 @@ def check_alignment() -> None:
     from megatron_dynmoe.config import DynMoEConfig
     from megatron_dynmoe.mcore import dispatcher
 
-    _setup()
+    set_up()
     for unit in ("expert", "rank"):
-        config = _config()
-        layer = _layer(config, DynMoEConfig(top_p=0.5, expert_backend="sequential", dispatch_unit=unit))
+        config = layer_config()
+        layer = layer_of(config, DynMoEConfig(top_p=0.5, expert_backend="sequential", dispatch_unit=unit))
         x = torch.randn(S, B, D, requires_grad=True)
         plain, _ = layer(x)
         plain_grads = torch.autograd.grad(plain.square().sum(), (x, layer.router.weight))
@@ -316,7 +250,7 @@ def check_alignment() -> None:
         layer.experts.forward = partial(_recorded, sizes, experts)
         map_TE = layer.router(x).map_TE
         before = map_TE.clone()
-        plans = _plans(layer)
+        plans = plans_of(layer)
         aligned, _ = layer(x)
         grads = torch.autograd.grad(aligned.square().sum(), (x, layer.router.weight))
         assert torch.equal(map_TE, before)
@@ -337,9 +271,9 @@ def check_shared_experts_run_while_rows_travel() -> None:
     from megatron_dynmoe.dispatch.moves import Exchange
     from megatron_dynmoe.mcore.layer import DynMoELayer
 
-    _setup()
-    config = _config(expert_model_parallel_size=2, moe_shared_expert_intermediate_size=8)
-    layer = _layer(config, DynMoEConfig(top_p=0.5))
+    set_up()
+    config = layer_config(expert_model_parallel_size=2, moe_shared_expert_intermediate_size=8)
+    layer = layer_of(config, DynMoEConfig(top_p=0.5))
     events: list[str] = []
     launch, land, local = Exchange.launch, Exchange.land, DynMoELayer.local_compute
 

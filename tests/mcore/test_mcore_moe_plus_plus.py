@@ -4,23 +4,9 @@ import pytest
 import torch
 
 from tests import ranks
-from tests.mcore.test_mcore_layer import B, D, E, S, _config, _layer, _plans, _setup
+from tests.mcore.layers import FREE, B, D, E, S, filled, layer_config, layer_of, plans_of, set_up
 
 Z = 4
-FREE = {"zero_experts": 1, "copy_experts": 1, "constant_experts": 2}
-
-
-def _filled(layer):
-    """Weights large enough that tokens differ, the same on every rank (experts: by their number in the model)."""
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for name, parameter in sorted(layer.named_parameters()):
-            if ".weight1" in name or ".weight2" in name:
-                whole = torch.randn(E, *parameter.shape[1:], generator=generator) * 0.3
-                parameter.copy_(whole[layer.local_expert_indices])
-            else:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
-    return layer
 
 
 def _expected(layer, x, routing_of):
@@ -37,7 +23,7 @@ def check_layer_against_reference() -> None:
     from megatron_dynmoe.config import ConfigError, DynMoEConfig
     from megatron_dynmoe.routers import route
 
-    _setup()
+    set_up()
     cases = [
         ("alltoall", DynMoEConfig(rule="top-k", topk=2, **FREE)),
         ("allgather", DynMoEConfig(rule="top-p", top_p=0.5, **FREE)),
@@ -45,7 +31,7 @@ def check_layer_against_reference() -> None:
         ("alltoall", DynMoEConfig.from_preset("moe-plus-plus-released", gating_residual=False)),
     ]
     for dispatcher, dynmoe in cases:
-        layer = _filled(_layer(_config(moe_token_dispatcher_type=dispatcher), dynmoe))
+        layer = filled(layer_of(layer_config(moe_token_dispatcher_type=dispatcher), dynmoe))
 
         def routing_of(x, layer=layer, dynmoe=dynmoe):
             learned = {name: getattr(layer.router, name) for name in layer.router.learned}
@@ -75,7 +61,7 @@ def check_layer_against_reference() -> None:
         ({"fp32_residual_connection": True}, {"gating_residual": True}, "fp32-residual"),
     ):
         with pytest.raises(ConfigError, match=named):
-            _layer(_config(**extra), DynMoEConfig(**fields))
+            layer_of(layer_config(**extra), DynMoEConfig(**fields))
 
 
 def test_layer_equals_the_reference(tmp_path):
@@ -89,18 +75,18 @@ def check_without_rows() -> None:
     from megatron_dynmoe import reference
     from megatron_dynmoe.config import DynMoEConfig
 
-    _setup()
+    set_up()
     for unit in ("expert", "rank"):
         for lonely in ([0], [1], [0, 1]):
             dynmoe = DynMoEConfig(rule="top-k", topk=2, dispatch_unit=unit, load_balance_coeff=0.5, **FREE)
-            layer = _filled(_layer(_config(expert_model_parallel_size=2), dynmoe))
+            layer = filled(layer_of(layer_config(expert_model_parallel_size=2), dynmoe))
             with torch.no_grad():
                 layer.router.weight[:E].abs_().neg_()  # positive tokens avoid FFN experts, negative ones seek them
                 layer.router.weight[E:].abs_()
             sign = 1 if dist.get_rank() in lonely else -1
             x = (torch.rand(S, B, D, generator=torch.Generator().manual_seed(dist.get_rank())) + 0.1) * sign
             x.requires_grad_()
-            plans = _plans(layer)
+            plans = plans_of(layer)
             out, _ = layer(x)
             assert plans[0].rows_sent == (0 if dist.get_rank() in lonely else 2 * S * B)
             out.square().sum().backward()

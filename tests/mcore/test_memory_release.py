@@ -12,7 +12,7 @@ import weakref
 import torch
 
 from tests import ranks
-from tests.mcore.test_mcore_layer import D, _config, _setup
+from tests.mcore.layers import D, layer_config, set_up
 
 MICRO_BATCHES = 3
 MODELS = {
@@ -51,7 +51,9 @@ def _block(model, unit, recompute, extra):
     from megatron_dynmoe.config import DynMoEConfig
     from megatron_dynmoe.mcore.specs import dynamic_layer_spec
 
-    config = _config(num_layers=2, expert_model_parallel_size=2, hidden_dropout=0.0, **RECOMPUTE[recompute], **extra)
+    config = layer_config(
+        num_layers=2, expert_model_parallel_size=2, hidden_dropout=0.0, **RECOMPUTE[recompute], **extra
+    )
     spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False)
     block = TransformerBlock(config, dynamic_layer_spec(spec, DynMoEConfig(dispatch_unit=unit, **MODELS[model])))
     for layer in block.layers:
@@ -102,7 +104,7 @@ def _new(watch: Watch) -> list[str]:
 
 
 def check_nothing_is_left() -> None:
-    _setup()
+    set_up()
     watch = Watch()
     gc.disable()
     for case in CASES:

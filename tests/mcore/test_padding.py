@@ -105,12 +105,12 @@ def test_records_and_statistics_count_the_other_tokens(tokens, buckets):
 def check_layers_log_the_losses_of_the_other_tokens() -> None:
     from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 
-    from tests.mcore.test_mcore_layer import D, _config, _layer, _setup
+    from tests.mcore.layers import D, layer_config, layer_of, set_up
 
-    _setup()
+    set_up()
     for preset in PRESETS:
         dynmoe = DynMoEConfig.from_preset(preset, z_loss_coeff=1e-3)
-        layer = _layer(_config(), dynmoe)
+        layer = layer_of(layer_config(), dynmoe)
         x = torch.randn(8, 2, D)
         mask = torch.zeros(2, 8, dtype=torch.bool)
         mask[:, 5:] = True  # [B, S]; the last three of each sequence

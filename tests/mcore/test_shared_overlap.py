@@ -6,8 +6,7 @@ import weakref
 import torch
 
 from tests import deep_ep_standin, ranks
-from tests.mcore.test_mcore_layer import B, D, S, _config, _layer, _setup
-from tests.mcore.test_mcore_moe_plus_plus import FREE, _filled
+from tests.mcore.layers import FREE, B, D, S, filled, layer_config, layer_of, set_up
 
 SHARED = {"moe_shared_expert_intermediate_size": 8}
 
@@ -28,7 +27,7 @@ def _pass(layer, x, previous):
 def check_on_equals_off() -> None:
     from megatron_dynmoe.config import DynMoEConfig
 
-    _setup()
+    set_up()
     for unit in ("expert", "rank"):
         for residual in (False, True):
             dynmoe = DynMoEConfig(
@@ -37,7 +36,7 @@ def check_on_equals_off() -> None:
             x = torch.randn(S, B, D, requires_grad=True)
             results = []
             for overlap in (False, True):
-                layer = _filled(_layer(_config(moe_shared_expert_overlap=overlap, **EP2, **SHARED), dynmoe))
+                layer = filled(layer_of(layer_config(moe_shared_expert_overlap=overlap, **EP2, **SHARED), dynmoe))
                 previous = None
                 if residual:
                     generator = torch.Generator().manual_seed(5)
@@ -55,12 +54,12 @@ def check_input_lives() -> None:
     """The host must not free what the shared experts' stream may still read; autograd keeps it only while training."""
     from megatron_dynmoe.config import DynMoEConfig
 
-    _setup()
+    set_up()
     deep_ep_standin.install()
     flex = [{"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": b} for b in ("deepep", "hybridep")]
     for scale, kind in itertools.product((1.0, 2.0), ({}, *flex)):
         dynmoe = DynMoEConfig(expert_input_scale=scale, gating_residual=True)
-        layer = _layer(_config(moe_shared_expert_overlap=True, **EP2, **SHARED, **kind), dynmoe).eval()
+        layer = layer_of(layer_config(moe_shared_expert_overlap=True, **EP2, **SHARED, **kind), dynmoe).eval()
         seen = []
         begin, end = layer.shared_experts.pre_forward_comm, layer.shared_experts.get_output
 

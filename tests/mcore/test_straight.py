@@ -12,8 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import deep_ep_standin, ranks
-from tests.mcore.test_mcore_layer import CAPTURED, B, D, E, S, _config, _layer, _setup
-from tests.mcore.test_mcore_moe_plus_plus import _filled
+from tests.mcore.layers import CAPTURED, B, D, E, S, filled, layer_config, layer_of, set_up
 
 SHARED = {"moe_shared_expert_intermediate_size": 8}
 PRESETS = [
@@ -45,7 +44,10 @@ def layers():
 
     for preset, ours, theirs in PRESETS:
         dynmoe = DynMoEConfig.from_preset(preset, z_loss_coeff=0.1, **ours)
-        yield _filled(_layer(_config(expert_model_parallel_size=2, **theirs), dynmoe)), (preset, ours, theirs)
+        yield (
+            filled(layer_of(layer_config(expert_model_parallel_size=2, **theirs), dynmoe)),
+            (preset, ours, theirs),
+        )
 
 
 def held(layer) -> dict[str, dict[str, int]]:
@@ -144,7 +146,7 @@ def check_captured() -> None:
     x, outputs = torch.randn(S, B, D), []
     for extra in ({}, CAPTURED):
         dynmoe = DynMoEConfig(expert_input_scale=2.0)
-        layer = _filled(_layer(_config(expert_model_parallel_size=2, **SHARED, **extra), dynmoe))
+        layer = filled(layer_of(layer_config(expert_model_parallel_size=2, **SHARED, **extra), dynmoe))
         assert layer.captured == bool(extra)
         outputs.append(layer(x)[0])
         assert layer.token_dispatcher._between is None
@@ -168,7 +170,7 @@ def check_dispatcher_by_itself() -> None:
     from megatron_dynmoe.config import DynMoEConfig
 
     for unit in ("expert", "rank"):
-        layer = _layer(_config(expert_model_parallel_size=2), DynMoEConfig(dispatch_unit=unit))
+        layer = layer_of(layer_config(expert_model_parallel_size=2), DynMoEConfig(dispatch_unit=unit))
         dispatcher, x = layer.token_dispatcher, torch.randn(S, B, D)
         full = torch.ones(S * B, E, dtype=torch.bool)
         dispatcher.begin(full)
@@ -213,10 +215,10 @@ def count_copies(residual: bool, first: bool) -> list[int]:
     """Copies of T x D in the forward and the backward pass of a whole transformer layer."""
     from megatron_dynmoe.config import DynMoEConfig
     from megatron_dynmoe.mcore.specs import dynamic_layer_spec
-    from tests.mcore.test_mcore_layer import _spec
+    from tests.mcore.layers import stock_spec
 
-    config = _config(num_layers=3, hidden_size=WIDE, moe_ffn_hidden_size=16, ffn_hidden_size=16)
-    spec = dynamic_layer_spec(_spec(config), DynMoEConfig(gating_residual=residual, rule="top-k", topk=1))
+    config = layer_config(num_layers=3, hidden_size=WIDE, moe_ffn_hidden_size=16, ffn_hidden_size=16)
+    spec = dynamic_layer_spec(stock_spec(config), DynMoEConfig(gating_residual=residual, rule="top-k", topk=1))
     layer = spec.module(config, spec.submodules, layer_number=1 if first else 2)
     x = torch.randn(T, 1, WIDE + (E if residual and not first else 0), requires_grad=True)
     mask = torch.ones(1, 1, T, T, dtype=torch.bool).triu(1)
@@ -229,7 +231,7 @@ def count_copies(residual: bool, first: bool) -> list[int]:
 
 
 def check_copies() -> None:
-    _setup()  # one rank: how many rows it gets does not depend on the routing
+    set_up()  # one rank: how many rows it gets does not depend on the routing
     plain = count_copies(residual=False, first=False)
     for first in (True, False):
         carrying = count_copies(residual=True, first=first)

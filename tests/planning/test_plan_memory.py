@@ -23,9 +23,9 @@ GROUPS = (8, 2)
 
 def config(topk: int, **extra):
     """Of one layer with ``R`` expert-parallel ranks."""
-    from tests.mcore.test_mcore_layer import _config
+    from tests.mcore.layers import layer_config
 
-    return _config(
+    return layer_config(
         hidden_size=D, num_attention_heads=8, num_moe_experts=E, moe_ffn_hidden_size=F, ffn_hidden_size=F,
         moe_router_topk=topk, expert_model_parallel_size=R, use_cpu_initialization=True, perform_initialization=False,
         bf16=True, params_dtype=torch.bfloat16, **extra,
@@ -60,11 +60,11 @@ def whole_layer(groups: int) -> int:
     from megatron.core.transformer.spec_utils import build_module
 
     from megatron_dynmoe.mcore.specs import dynamic_layer_spec
-    from tests.mcore.test_mcore_layer import _spec
+    from tests.mcore.layers import stock_spec
 
     made = config(2, num_query_groups=groups, hidden_dropout=0.0, attention_dropout=0.0)
     with torch.device("meta"):
-        spec = dynamic_layer_spec(_spec(made), DynMoEConfig.from_preset("dynamic-moe", dispatch_unit="expert"))
+        spec = dynamic_layer_spec(stock_spec(made), DynMoEConfig.from_preset("dynamic-moe", dispatch_unit="expert"))
         layer = build_module(spec, config=made, layer_number=1)
     layer.self_attention.core_attention = torch.nn.Module()
     layer.self_attention.core_attention.forward = lambda query, key, value, *_, **__: Flash.apply(query, key, value)
@@ -76,11 +76,11 @@ def whole_layer(groups: int) -> int:
 def kept_by(dynmoe: DynMoEConfig) -> int:
     """Bytes kept of an MoE layer."""
     from megatron_dynmoe.mcore.specs import dynamic_layer_spec
-    from tests.mcore.test_mcore_layer import _spec
+    from tests.mcore.layers import stock_spec
 
     made = config(dynmoe.topk)
     with torch.device("meta"):
-        layer = dynamic_layer_spec(_spec(made), dynmoe).submodules.mlp(config=made, layer_number=1)
+        layer = dynamic_layer_spec(stock_spec(made), dynmoe).submodules.mlp(config=made, layer_number=1)
     layer.set_layer_number(1)
     if dynmoe.adaptive_experts:
         layer.router.take([layer.router.dynmoe.record_from, 1])  # a window is open

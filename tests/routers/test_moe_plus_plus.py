@@ -6,8 +6,8 @@ import torch
 from megatron_dynmoe import reference
 from megatron_dynmoe.config import DynMoEConfig
 from megatron_dynmoe.losses import heterogeneous_balance_loss
+from megatron_dynmoe.mcore.channels import channels_of, pack, unpack
 from megatron_dynmoe.routers import route
-from megatron_dynmoe.routers.channels import channels_of, pack, unpack
 from megatron_dynmoe.routers.route import cap_columns, capacities, weights_without_zero
 
 PAPER = DynMoEConfig.from_preset("moe-plus-plus")

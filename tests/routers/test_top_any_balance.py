@@ -84,7 +84,7 @@ def check_router() -> None:
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     from megatron_dynmoe.mcore.router import DynamicRouter
-    from tests.mcore.test_mcore_layer import _config
+    from tests.mcore.layers import layer_config
 
     dist.init_process_group("gloo")
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
@@ -92,7 +92,7 @@ def check_router() -> None:
     from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 
     x, weight, thresholds = _problem(torch.float32)
-    config = _config(
+    config = layer_config(
         tensor_model_parallel_size=2, sequence_parallel=True, num_moe_experts=6, hidden_size=12, ffn_hidden_size=48
     )
     router = DynamicRouter(config, get_default_pg_collection(), dynmoe=CONFIG)
