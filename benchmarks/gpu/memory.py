@@ -150,11 +150,16 @@ def measure(sizes: Any, tokens: int, backend: str) -> dict[str, float]:
 def keeps(sizes: Any, tokens: int, backend: str, k: int) -> tuple[int, int]:
     """Bytes kept after a forward pass, and the most that the two passes held; 0 where that cannot be told."""
     from megatron_dynmoe.config import DynMoEConfig
+    from megatron_dynmoe.experts.grouped import grouped_linear
 
     dynmoe = DynMoEConfig(rule="top-k", topk=k, expert_backend=backend)
     shape = {"width": sizes.width, "inner": sizes.expert_width, "experts": sizes.experts}
     fused = {"bias_activation_fusion": True, "moe_permute_fusion": True} if backend == "te" else {}
     moe = layers.build(dynmoe, te=backend == "te", dtype=torch.bfloat16, **shape, **fused)
+    if backend == "torch" and layers.device() == "cpu":
+        # Chunk by chunk a CPU keeps less; what a GPU keeps is what is planned.
+        kind = type(moe.experts)
+        moe.experts.__class__ = type(kind.__name__, (kind,), {"linears": (grouped_linear, grouped_linear)})
     x = torch.randn(tokens, 1, sizes.width, device=layers.device()).bfloat16().requires_grad_()
     for _ in range(2):
         moe(x)[0].sum().backward()

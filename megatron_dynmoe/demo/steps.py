@@ -17,7 +17,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from megatron_dynmoe.checks import check_division
 from megatron_dynmoe.errors import UserError
 
 SUBSETS = ("code", "docs")
@@ -123,6 +122,8 @@ def look_at_machine(ranks: int | None = None, preset: str = "dynamic-moe") -> Ma
         DemoError: the experts or the GPUs cannot be divided among ``ranks``.
     """
     import torch
+
+    from megatron_dynmoe.checks import check_division
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     chosen = ranks if ranks is not None else min(2, gpus or 2)

@@ -50,11 +50,9 @@ def records(fields: dict[str, Any], max_added_experts: int) -> dict[tuple[int, s
     columns, width = fields["num_experts"] + config.zero_computation_experts, fields["hidden_size"]
     settings = exported_fields(*config.methods, own=True)
     moved = {settings[name].name: row for name, row in (fields["moved_settings"] or {}).items()}
-    shown = {field.name for field in settings.values()}
     state: dict[str, Any] = {}
     for kind in config.controllers:
-        if not (sets := shown & {*kind.sets}) or sets & moved.keys():  # else it was off: nothing says that it moved
-            state |= kind(config, columns, width).state()
+        state |= kind(config, columns, width).state()
     found: dict[tuple[int, str], Tensor] = {}
     for layer, is_moe in enumerate(fields["moe_layers"]):
         here = state | {name: row[layer] for name, row in moved.items()} if is_moe else {}

@@ -1,6 +1,9 @@
 """What the commands share: the shape of their help, and where the examples lie."""
 
+import signal
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +43,20 @@ def add_plugin_flag(parser: ArgumentParser) -> None:
         metavar="PACKAGE.MODULE",
         help="import these modules, which register routers; installed plug-ins are found without",
     )
+
+
+def sigterm_like_ctrl_c(main: Callable[..., int]) -> Callable[..., int]:
+    """A program's ``main`` that SIGTERM interrupts as Ctrl-C does, so that it cleans up; then the old handler holds."""
+
+    @wraps(main)
+    def interruptible(*args: Any, **kwargs: Any) -> int:
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            return main(*args, **kwargs)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    return interruptible
 
 
 def examples() -> Path:

@@ -1,12 +1,11 @@
 """Export a megatron distributed checkpoint (any layout) to a Hugging Face folder. Needs no GPU and no megatron."""
 
-import signal
 import sys
 from pathlib import Path
 
 from megatron_dynmoe.errors import one_sentence
 from megatron_dynmoe.plugins import load_plugins
-from megatron_dynmoe.programs.command import add_plugin_flag, command_parser
+from megatron_dynmoe.programs.command import add_plugin_flag, command_parser, sigterm_like_ctrl_c
 
 DTYPES = ("float32", "bfloat16", "float16")  # those of hf.export, which takes a second to import
 EXAMPLE = "dynmoe-export --checkpoint SAVE --output exported --tokenizer-model tokenizer.model"
@@ -25,6 +24,7 @@ def write_tokenizer(model: Path, folder: Path) -> None:
 
 
 @one_sentence("export_hf")
+@sigterm_like_ctrl_c
 def main(argv: list[str] | None = None) -> int:
     """Parse, export, report; 0 on success, 1 with one sentence on stderr."""
     parser = command_parser(__doc__, example=EXAMPLE)
@@ -41,8 +41,6 @@ def main(argv: list[str] | None = None) -> int:
 
     load_plugins(args.moe_plugin)
 
-    # Like Ctrl-C: the folder being written is removed.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         done = export(
             args.checkpoint,

@@ -4,13 +4,12 @@ Needs no GPU and no megatron. Nothing in the folder is unpickled or run.
 """
 
 import shlex
-import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_dynmoe.errors import one_sentence
-from megatron_dynmoe.programs.command import command_parser
+from megatron_dynmoe.programs.command import command_parser, sigterm_like_ctrl_c
 
 if TYPE_CHECKING:
     from megatron_dynmoe.hf.importing import Imported
@@ -22,6 +21,7 @@ dynmoe-pretrain --pretrained-checkpoint imported --load RUN --save RUN ..."""
 
 
 @one_sentence("import_hf", code=2)
+@sigterm_like_ctrl_c
 def main(argv: list[str] | None = None) -> int:
     """Parse, import, report; 0 on success, 2 with one sentence on stderr."""
     parser = command_parser(__doc__, example=EXAMPLE)
@@ -45,8 +45,6 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     from megatron_dynmoe.hf.importing import import_model
 
-    # Like Ctrl-C: the folder being written is removed.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         done = import_model(
             args.model,

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from typing import Any
 
 from megatron_dynmoe.errors import one_sentence
 from megatron_dynmoe.plugins import load_plugins
-from megatron_dynmoe.programs.command import add_plugin_flag, command_parser
+from megatron_dynmoe.programs.command import add_plugin_flag, command_parser, sigterm_like_ctrl_c
 from megatron_dynmoe.report.metrics_file import ReportError
 from megatron_dynmoe.report.token_costs import KINDS, TokenCosts, token_costs
 from megatron_dynmoe.report.token_page import PageHead, token_page
@@ -236,12 +235,11 @@ def write(path: Path, page: str) -> None:
 
 
 @one_sentence("token_report")
+@sigterm_like_ctrl_c
 def main(argv: list[str] | None = None, *, prog: str | None = None) -> int:
     """Parse, read, route, write; 1 with one sentence on stderr."""
     args = parser(prog).parse_args(argv)
     load_plugins(args.moe_plugin)
-    # Like Ctrl-C: the temporary export is removed.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         check_output(args)
         text = read_text(args)

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from megatron_dynmoe.errors import UserError
 from megatron_dynmoe.launch import outcome
+from megatron_dynmoe.routers.routing import Routing
 
 SECOND_RUN = (RerunState.RERUNNING_IN_PLACE, RerunState.RERUNNING_FROM_CHECKPOINT)
 OUTPUT_LAYER = "the output layer"
@@ -206,6 +207,8 @@ def _bad(tensor: Tensor, strict: bool) -> bool:
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:
+    if isinstance(values, Routing):
+        values = (values.weights_TC, values.logits_TC)
     if isinstance(values, Tensor):
         yield values
     elif isinstance(values, dict):

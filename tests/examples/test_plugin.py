@@ -22,18 +22,14 @@ METHODS = {
     "relu": "--moe-gate relu --moe-rule relu --moe-relu-l1-coeff 1e-3 --moe-relu-experts 1.5".split(),
 }
 MOVED = {"pi-top-p": "top_p", "relu": "relu_l1_coeff"}
-LOAD = """
-import sys, torch
+
+
 class Absent:
-    def find_spec(self, name, *_):
-        if name.split(".")[0] in ("megatron", "megatron_dynmoe", "dynmoe_example"):
+    """Finds neither the library nor the plug-in, as where an export is used."""
+
+    def find_spec(self, name: str, *_: Any) -> None:
+        if name.partition(".")[0] in ("megatron", "megatron_dynmoe", "dynmoe_example"):
             raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Absent())
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
-with torch.no_grad():
-    torch.save(model(torch.load(sys.argv[2])).logits, sys.argv[3])
-"""
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +74,24 @@ def infer(site: Path, argv: list[str], tokens: Path, out: Path) -> int:
     ids = torch.load(tokens)
     with torch.no_grad():
         torch.save(built[0].eval()(ids, torch.arange(ids.shape[1]).expand_as(ids), None), out)
+    return 0
+
+
+def export_and_load(site: Path, words: list[str], model: Path, tokens: Path, out: Path) -> int:
+    """Export where the plug-in is installed, then load where nothing is; writes the model's logits."""
+    sys.path.insert(0, str(site))
+    from megatron_dynmoe.programs.export_hf import main
+
+    assert main([*words, "--output", str(model)]) == 0
+    sys.path.remove(str(site))
+    sys.meta_path.insert(0, Absent())
+    for name in [name for name in sys.modules if name.startswith(("megatron", "dynmoe_example"))]:
+        del sys.modules[name]
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(model, trust_remote_code=True).eval()
+    with torch.no_grad():
+        torch.save(loaded(torch.load(tokens)).logits, out)
     return 0
 
 
@@ -163,14 +177,14 @@ def test_export_takes_the_file_along(trained: Trained) -> None:
         folder=trained.folder / "infer",
     )
     model = trained.folder / "model"
-    words = ["--checkpoint", str(trained.folder / "saved"), "--output", str(model)]
-    call([str(PLUGIN.parents[1] / "tools" / "export_hf.py"), *words], trained.site)
+    words = ["--checkpoint", str(trained.folder / "saved")]
+    place = trained.folder / "export"
+    ranks.call(export_and_load, trained.site, words, model, tokens, theirs, ranks=1, folder=place)
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     if trained.name == "pi-top-p":
         moved = trained.resumed[6]["top_p_by_layer"]
         assert [value for value in config["moved_settings"]["top_p_threshold"] if value is not None] == list(
             moved.values()
         )
-    call(["-c", LOAD, str(model), str(tokens), str(theirs)], trained.site / "elsewhere")
     # As in tests/hf/test_hf_megatron.py: two implementations of four layers in float32.
     torch.testing.assert_close(torch.load(theirs), torch.load(ours), rtol=1e-4, atol=1e-4)

@@ -107,7 +107,7 @@ def read(
     from megatron_dynmoe.training.pretrain import pretrain_config
 
     def parse(*_: Any) -> Namespace:
-        args = command_line._parser().parse_args(sys.argv[1:])
+        args = command_line._parser(()).parse_args(sys.argv[1:])
         args._is_global_batch_size_explicitly_specified = args.global_batch_size is not None
         args.rank, args.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         return args

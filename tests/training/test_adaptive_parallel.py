@@ -28,7 +28,7 @@ SCALARS = ("lm loss", "grad-norm", "diversity_loss", "simplicity_loss", "efficie
 LAYOUTS_HERE = LAYOUTS | DISTRIBUTED_OPTIMIZER
 # What a row on the wire is, and whether shared experts run behind it, adaptation does not see.
 PLAIN_LEGS = [name for name in LAYOUTS if not name.endswith(("-rank", "-auto", "overlap"))]
-SHARDED_LEGS = ["serial-distopt", "ep2-distopt", "dp2-overlap", "pp2-distopt", "tp2-ep2-distopt", "dp2-distopt"]
+SHARDED_LEGS = ["serial-distopt", "ep2-distopt", "dp2-overlap", "pp2-distopt", "tp2-ep2-distopt"]
 
 
 def model_flags():

@@ -1,6 +1,7 @@
 """NaN and Inf: the sentence names iteration, rank and the first layer, nothing is saved, and no restart follows."""
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ def poisoned(argv, fault: str, on_rank: int, iteration: int, layer: int) -> int:
             if fault == "gradient":
                 return (Inf.apply(output[0]), *output[1:])
             if fault != "transient" or once():
-                return (output[0] * torch.nan, *output[1:])
+                return replace(output, weights_TC=output.weights_TC * torch.nan)
         return output
 
     kind.forward = faulty
