@@ -222,6 +222,7 @@ while True:
     state = torch.tensor([float(end.exists())])
     torch.distributed.all_reduce(state)
     if state > 0:
+        time.sleep(1)  # a rank that leaves at once may cut off the sum on its way to the other
         break
     iteration += 1
     if torch.distributed.get_rank() == 0:
