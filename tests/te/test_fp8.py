@@ -9,7 +9,7 @@ from megatron_dynmoe.config import PRESETS
 from megatron_dynmoe.programs import export_hf
 from tests import ranks
 from tests.te import fp8_layers
-from tests.te.runs import MODELS, RANKS, SCALARS, command, make_data, train
+from tests.te.runs import RANKS, SCALARS, command, make_data, train
 
 SAVED, END = 2, 4
 PADDED = "--moe-router-padding-for-quantization"
